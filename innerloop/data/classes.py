@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -30,11 +31,29 @@ class ClassImages:
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
-            raise ValueError(f"images must be uint8 [n, C, H, W], got {self.images.dtype} {tuple(self.images.shape)}")
+            raise ValueError(
+                f"images must be uint8 [n, C, H, W], got {self.images.dtype} {tuple(self.images.shape)}"
+            )
         if len(self.sizes) != len(self.names) or sum(self.sizes) != len(self.images):
             raise ValueError(
-                f"{len(self.images)} images, {len(self.names)} names and sizes that sum to {sum(self.sizes)} do not fit"
+                f"{len(self.images)} images, {len(self.names)} names and {len(self.sizes)} sizes that sum to "
+                f"{sum(self.sizes)} do not fit"
             )
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where each class's images begin in ``images``."""
+        return tuple(accumulate(self.sizes, initial=0))[:-1]
+
+    def select(self, classes: Sequence[int]) -> ClassImages:
+        """The given classes (by number, in the given order) with copies of their images."""
+        starts = self.starts
+        rows = [torch.arange(starts[c], starts[c] + self.sizes[c]) for c in classes]
+        return ClassImages(
+            images=self.images[torch.cat(rows)] if rows else self.images[:0].clone(),
+            sizes=tuple(self.sizes[c] for c in classes),
+            names=tuple(self.names[c] for c in classes),
+        )
 
 
 ImageDataset = Mapping[Split, ClassImages]

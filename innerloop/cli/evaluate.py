@@ -1,0 +1,95 @@
+"""``innerloop evaluate``: test a run on held-out classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from pydantic import TypeAdapter, ValidationError
+
+from innerloop.cli.tables import print_test
+from innerloop.training.building import build_device, build_learner, build_tasks
+from innerloop.training.checkpoints import write_json
+from innerloop.training.config import ConfigError, Count, Positive
+from innerloop.training.evaluation import test
+from innerloop.training.progress import Progress
+from innerloop.training.run_folder import RunFolder
+from innerloop.training.trainer import best_checkpoints, best_epochs, environment
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Test the checkpoints of a run that are best on validation: the single best, and the ensemble of all kept."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    tasks: Positive = 600
+    """Test tasks."""
+    split: Literal["test", "val", "train"] = "test"
+    """Which classes."""
+    steps: Count = 0
+    """Inner steps (0: those of the run). More than were trained go on with the last step's rates and norm layers."""
+    data: Path | None = None
+    """Folder of the data set, where it is not the run's."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
+    threads: Count = 0
+    """CPU threads (0: PyTorch's default)."""
+    json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print the result as JSON on standard output, and no progress."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Evaluate as the command line says."""
+    chosen = tyro.cli(EvaluateArguments, args=list(arguments), prog="innerloop evaluate")
+    try:
+        TypeAdapter(EvaluateArguments).validate_python(asdict(chosen))
+    except ValidationError as error:
+        raise ConfigError("; ".join(f"--{e['loc'][-1]} {e['input']!r}: {e['msg']}" for e in error.errors())) from None
+    folder = RunFolder(chosen.run)
+    preset, config = folder.read_config()
+    if not folder.latest.exists() or not (epochs := best_epochs(folder)):
+        raise ConfigError(f"{chosen.run} has no finished epoch to test; go on: innerloop train --resume {chosen.run}")
+    config = replace(
+        config,
+        data=replace(config.data, data=chosen.data or config.data.data),
+        compute=replace(config.compute, device=chosen.device),
+    )
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    progress = Progress(shown=not chosen.json)
+    device = build_device(config)
+    source = build_tasks(config, device, progress=progress.shown)
+    learner = build_learner(config, device)
+    steps = chosen.steps or config.test_steps
+    with progress.task(f"{chosen.split} tasks", chosen.tasks * len(epochs)) as bar:
+        result = test(
+            learner,
+            best_checkpoints(folder, epochs),
+            source,
+            chosen.split,
+            chosen.tasks,
+            steps=steps,
+            regression=config.regression,
+            tick=bar.advance,
+        )
+    record = {
+        "version": 1,
+        "preset": preset,
+        "split": chosen.split,
+        "steps": steps,
+        "epochs": epochs,
+        "test": result.to_json(),
+        "environment": environment(device),
+    }
+    write_json(chosen.run / "evaluation.json", record)
+    if chosen.json:
+        print(json.dumps(record))
+    else:
+        print_test(record["test"], config.regression, f"{chosen.split}, {chosen.tasks} tasks, {steps} inner steps")
+    return 0

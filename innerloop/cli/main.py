@@ -1,0 +1,74 @@
+"""The ``innerloop`` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+
+from innerloop import __version__
+
+USAGE = """\
+innerloop: MAML and MAML++ for any PyTorch model.
+
+  innerloop train [PRESET] [options]    meta-train; without a preset: quickstart, which needs no data
+  innerloop evaluate RUN [options]      test a run on held-out classes
+  innerloop presets                     what there is to train
+
+  innerloop train --help, innerloop evaluate --help: every option with its default
+  innerloop --version
+"""
+
+# Exit codes, as said in the README: 2 is also what the argument parser itself exits with.
+OK, FAILED, BAD_INPUT, DIVERGED = 0, 1, 2, 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return OK if arguments else BAD_INPUT
+    if arguments[0] == "--version":
+        print(f"innerloop {__version__}")
+        return OK
+    name, rest = arguments[0], arguments[1:]
+    if name not in ("train", "evaluate", "presets"):
+        return _fail(f"unknown command {name!r}; there are train, evaluate and presets")
+    # Heavy imports come after the cheap mistakes.
+    from innerloop.cli import evaluate, presets, train
+
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "train": train.run,
+        "evaluate": evaluate.run,
+        "presets": presets.run,
+    }
+    from innerloop.training.trainer import DivergedError, InterruptedRunError
+
+    try:
+        return commands[name](rest)
+    except DivergedError as error:
+        return _fail(str(error), DIVERGED)
+    except InterruptedRunError as stop:
+        return 128 + stop.signal_number
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output went away, as `| head` does; what else is written goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (ValueError, OSError) as error:
+        # Everything a user can mend is one of these: its message says how.
+        return _fail(str(error))
+
+
+def _fail(message: str, code: int = BAD_INPUT) -> int:
+    Console(stderr=True).print("[bold red]error:[/]", end=" ")
+    print(message, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""``innerloop train``: meta-train a preset, with any setting changed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from innerloop.cli.tables import print_test
+from innerloop.methods import METHODS
+from innerloop.training.config import PRESETS, Config, ConfigError, config_to_json, validated
+from innerloop.training.figures import write_figures
+from innerloop.training.progress import Progress
+from innerloop.training.run_folder import RunFolder
+from innerloop.training.trainer import InterruptedRunError, train
+
+MethodName = Literal["maml", "fomaml", "meta_sgd", "anil", "boil", "maml_plus_plus"]
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Everything that ``innerloop train PRESET`` takes; the defaults are those of the preset and the method."""
+
+    config: tyro.conf.OmitArgPrefixes[Config]
+    method: MethodName = "maml_plus_plus"
+    """Sets the switches below; each can be changed on top."""
+    out: Path | None = None
+    """Folder of the run. Default: runs/PRESET-METHOD-TIME."""
+    resume: Path | None = None
+    """Go on with the run in this folder."""
+    json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print the summary as JSON on standard output, and no progress."""
+    quiet: bool = False
+    """No progress."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Train as the command line says."""
+    arguments = list(arguments)
+    preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    if preset is not None and preset not in PRESETS:
+        close = get_close_matches(preset, PRESETS, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(f"unknown preset {preset!r}; {hint}There are {', '.join(PRESETS)}")
+    resumed, method = _peek(arguments)
+    if resumed is not None:
+        folder = RunFolder(resumed)
+        stored_preset, stored = folder.read_config()
+        chosen = _parse(arguments, stored_preset, method or "maml_plus_plus", stored)
+        if preset not in (None, stored_preset):
+            raise ConfigError(f"{resumed} is a run of preset {stored_preset}, not of {preset}: leave the preset out")
+        if method is not None:
+            raise ConfigError(f"{resumed} has a method already: leave --method {method} out, or start another run")
+        config = _resumable(resumed, stored, validated(chosen.config))
+        preset = stored_preset
+    else:
+        preset = preset or "quickstart"
+        method = method or PRESETS[preset].method
+        chosen = _parse(arguments, preset, method, PRESETS[preset].config(method))
+        config = validated(chosen.config)
+        time = datetime.now().strftime("%Y%m%d-%H%M%S")
+        folder = RunFolder(chosen.out or Path("runs") / f"{preset}-{method}-{time}")
+        folder.create(preset, config)
+    progress = Progress(shown=not (chosen.json or chosen.quiet))
+    progress.console.print(f"run folder: {folder.path}", highlight=False, soft_wrap=True)
+    command = shlex.join(["innerloop", "train", preset, *arguments])
+    try:
+        summary = train(folder, preset, config, progress, command)
+    except InterruptedRunError:
+        progress.console.print(
+            f"Saved. Go on with: innerloop train --resume {shlex.quote(str(folder.path))}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise
+    figures = write_figures(folder, config)
+    if chosen.json:
+        print(json.dumps(summary))
+    else:
+        print_test(summary["test"], config.regression, f"test, {config.evaluation.test_tasks} tasks")
+        progress.console.print(
+            f"figures: {', '.join(sorted(str(f) for f in figures))}", highlight=False, soft_wrap=True
+        )
+    return 0
+
+
+def _peek(arguments: list[str]) -> tuple[Path | None, str | None]:
+    """``--resume`` and ``--method``, on which the defaults of all other options depend."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--method")
+    try:
+        known, _ = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error.argument_name}: {error.message}") from None
+    if known.method is not None and known.method not in METHODS:
+        raise ConfigError(f"unknown method {known.method!r}; there are {', '.join(METHODS)}")
+    return known.resume, known.method
+
+
+def _parse(arguments: list[str], preset: str, method: str, config: Config) -> TrainArguments:
+    default = TrainArguments(config=config, method=method)  # type: ignore[arg-type]
+    presets = "\n".join(f"  {name}: {p.about}" for name, p in PRESETS.items())
+    return tyro.cli(
+        TrainArguments,
+        args=arguments,
+        default=default,
+        prog=f"innerloop train {preset}",
+        description=f"Meta-train. The defaults shown are those of preset {preset} with method {method}. Presets:\n\n{presets}",
+    )
+
+
+def _resumable(run: Path, stored: Config, asked: Config) -> Config:
+    """The config to go on with: where it is computed may change, what is computed may not."""
+    differences = [
+        f"--{name.replace('_', '-')} was {old!r}, not {new!r}"
+        for group, values in config_to_json(stored).items()
+        for name, old in values.items()
+        if group != "compute" or name == "seed"
+        for new in [config_to_json(asked)[group][name]]
+        if old != new and name not in _MAY_CHANGE
+    ]
+    if differences:
+        raise ConfigError(f"{run} cannot go on with other settings: {'; '.join(differences)}. Start another run instead")
+    return asked
+
+
+_MAY_CHANGE: set[Any] = {"data", "skip_broken", "download"}

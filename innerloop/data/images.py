@@ -1,0 +1,265 @@
+"""Reading folders of images: listing, decoding, resizing, and saying clearly what is broken."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from innerloop.data.cache import Cache, fingerprint, load_cached, store_cached
+from innerloop.data.classes import ClassImages
+
+IMAGE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pbm", ".pgm", ".ppm"}
+)
+# Part of every cache key: raise it whenever the same file would come out as different pixels.
+PREPROCESSING_VERSION = 1
+_AT_ONCE = 64  # images a job of the thread pool; one at a time would cost more in hand-over than in decoding
+
+Fit = Literal["stretch", "crop"]
+Pixels = NDArray[np.uint8]
+
+logger = logging.getLogger(__name__)
+
+
+class BrokenImagesError(ValueError):
+    """Some image files cannot be decoded. ``broken`` holds every one of them: ``(file, reason)``."""
+
+    def __init__(self, broken: Sequence[tuple[str, str]], total: int) -> None:
+        self.broken = tuple(broken)
+        shown = "".join(f"\n  {name}: {reason}" for name, reason in self.broken[:10])
+        more = f"\n  ... and {len(self.broken) - 10} more" if len(self.broken) > 10 else ""
+        super().__init__(
+            f"{len(self.broken)} of {total} images cannot be read:{shown}{more}\n"
+            "Repair or remove them, or leave them out with skip_broken=True (--skip-broken)"
+        )
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """An image that has not been read yet.
+
+    Attributes:
+        name: what messages call it.
+        stamp: numbers that change when its content does, such as size and time of modification.
+        read: returns the encoded file.
+    """
+
+    name: str
+    stamp: tuple[int, ...]
+    read: Callable[[], bytes]
+
+    @staticmethod
+    def of_file(path: Path) -> ImageSource:
+        """An image file on disk."""
+        status = path.stat()
+        return ImageSource(str(path), (status.st_size, status.st_mtime_ns), path.read_bytes)
+
+
+def check_folder(root: str | Path, what: str) -> Path:
+    """``root`` as a path, if it is a folder with something in it.
+
+    Raises ``FileNotFoundError``, ``NotADirectoryError`` or ``ValueError`` (empty) naming it and ``what``
+    was expected.
+    """
+    path = Path(root).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{str(root)!r} does not exist; expected {what}")
+    if not path.is_dir():
+        raise NotADirectoryError(f"{str(root)!r} is not a folder; expected {what}")
+    if not any(visible(path)):
+        raise ValueError(f"the folder {str(root)!r} is empty; expected {what}")
+    return path
+
+
+def visible(folder: Path) -> Iterator[Path]:
+    """The entries of a folder by name, without hidden ones."""
+    return (entry for entry in sorted(folder.iterdir()) if not entry.name.startswith("."))
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders inside a folder by name, without hidden ones."""
+    return [entry for entry in visible(folder) if entry.is_dir()]
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files directly in a folder by name, going by their suffix; everything else is ignored."""
+    return [entry for entry in visible(folder) if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]
+
+
+def class_folders(root: Path) -> dict[str, list[ImageSource]]:
+    """The images of each class folder in ``root``, by class name.
+
+    Raises ``ValueError`` if there is no class folder, or one without images.
+    """
+    classes = {
+        folder.name: [ImageSource.of_file(p) for p in image_files(folder)] for folder in subfolders(root)
+    }
+    if not classes:
+        raise ValueError(f"{str(root)!r} has no folders in it; expected one folder of images for each class")
+    empty = [name for name, sources in classes.items() if not sources]
+    if empty:
+        raise ValueError(
+            f"class folder {str(root / empty[0])!r} has no images "
+            f"({len(empty)} such folder{'s' if len(empty) > 1 else ''}); image files end in "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}. Add images or remove the folder"
+        )
+    return classes
+
+
+def read_images(
+    kind: str,
+    classes: Mapping[str, Sequence[ImageSource]],
+    *,
+    size: int,
+    channels: int,
+    fit: Fit = "stretch",
+    invert: bool = False,
+    skip_broken: bool = False,
+    cache: Cache = True,
+    progress: bool = False,
+) -> ClassImages:
+    """Decode every class's images to ``size`` x ``size`` pixels, or take them from the cache.
+
+    Args:
+        kind: the dataset's name, for the cache's file name and the progress bar.
+        classes: the images of each class, by class name.
+        size: height and width in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        fit: what happens to images that are not square; see :func:`decode_image`.
+        invert: turn dark ink on bright paper into bright ink on dark.
+        skip_broken: leave out what cannot be decoded, with a logged warning, instead of raising.
+        cache: see :func:`innerloop.data.cache.cache_folder`.
+        progress: show a progress bar with the time left.
+
+    Raises:
+        BrokenImagesError: naming every image that cannot be decoded.
+        ValueError: if ``skip_broken`` leaves a class without images.
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1 pixel; got {size}")
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 (grey) or 3 (RGB); got {channels}")
+    contents = [(name, [(s.name, s.stamp) for s in sources]) for name, sources in classes.items()]
+    key = fingerprint(kind, PREPROCESSING_VERSION, size, channels, fit, invert, contents)
+    cached = load_cached(cache, kind, key)
+    if cached is not None:
+        return cached
+
+    sources = [source for of_class in classes.values() for source in of_class]
+    images = torch.empty((len(sources), channels, size, size), dtype=torch.uint8)
+    pixels = images.numpy()
+    broken: dict[int, str] = {}
+
+    def decode(first: int) -> int:
+        chunk = sources[first : first + _AT_ONCE]
+        for row, source in enumerate(chunk, start=first):
+            try:
+                pixels[row] = decode_image(
+                    source.read(), size=size, channels=channels, fit=fit, invert=invert
+                )
+            except Exception as error:
+                # Pillow's decoders raise nearly anything on damaged files (OSError, SyntaxError,
+                # struct.error, zlib.error, ...), and whatever it was must not hide the other broken files.
+                broken[row] = str(error) or type(error).__name__
+        return len(chunk)
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, disable=not progress) as bar, ThreadPoolExecutor() as pool:
+        job = bar.add_task(f"Reading {kind}", total=len(sources))
+        for done in pool.map(decode, range(0, len(sources), _AT_ONCE)):
+            bar.advance(job, done)
+
+    if not broken:
+        result = ClassImages(images, tuple(map(len, classes.values())), tuple(classes))
+        store_cached(cache, kind, key, result)
+        return result
+    named = [(sources[row].name, broken[row]) for row in sorted(broken)]
+    if not skip_broken:
+        raise BrokenImagesError(named, len(sources))
+    # Not cached, so that every run says again what it leaves out.
+    logger.warning(
+        "left out %d of %d images: %s", len(named), len(sources), BrokenImagesError(named, len(sources))
+    )
+    return _without(images, classes, set(broken))
+
+
+def _without(
+    images: torch.Tensor, classes: Mapping[str, Sequence[ImageSource]], broken: set[int]
+) -> ClassImages:
+    sizes: list[int] = []
+    first = 0
+    for name, sources in classes.items():
+        whole = sum(row not in broken for row in range(first, first + len(sources)))
+        if not whole:
+            raise ValueError(f"all {len(sources)} images of class {name!r} are broken; remove the class")
+        sizes.append(whole)
+        first += len(sources)
+    kept = [row for row in range(len(images)) if row not in broken]
+    return ClassImages(images[kept], tuple(sizes), tuple(classes))
+
+
+def decode_image(
+    data: bytes, *, size: int, channels: int, fit: Fit = "stretch", invert: bool = False
+) -> Pixels:
+    """An encoded image as uint8 ``[channels, size, size]``.
+
+    It is turned the way its EXIF orientation says. Transparency is laid over white paper; 16-bit grey is
+    scaled to 8 bits. ``fit="stretch"`` resizes to the square whatever the aspect ratio; ``"crop"`` resizes
+    the shorter side and cuts the longer one's ends off.
+
+    Raises any of Pillow's errors for data that is not a whole image, and ``ValueError`` for images of more
+    pixels than ``PIL.Image.MAX_IMAGE_PIXELS`` and for floating-point images.
+    """
+    with Image.open(io.BytesIO(data)) as opened:
+        limit = Image.MAX_IMAGE_PIXELS
+        # Pillow itself only warns until twice its limit.
+        if limit is not None and opened.width * opened.height > limit:
+            raise ValueError(
+                f"{opened.width} x {opened.height} pixels is more than the limit of {limit} in all"
+            )
+        return prepare_image(
+            ImageOps.exif_transpose(opened), size=size, channels=channels, fit=fit, invert=invert
+        )
+
+
+def prepare_image(image: Image.Image, *, size: int, channels: int, fit: Fit, invert: bool) -> Pixels:
+    """A decoded image as uint8 ``[channels, size, size]``; see :func:`decode_image`."""
+    image = _without_alpha(_to_eight_bits(image)).convert("L" if channels == 1 else "RGB")
+    # Lanczos filters over the area that a pixel comes from, so thin pen strokes survive being made smaller;
+    # it is also what MAML's authors resized Omniglot and mini-ImageNet with.
+    if fit == "crop":
+        image = ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)
+    elif image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    pixels: Pixels = np.asarray(image, dtype=np.uint8).reshape(size, size, channels).transpose(2, 0, 1)
+    return np.invert(pixels) if invert else pixels
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range; save the image with 8 bits a channel")
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    # Pillow's own conversion from 16 bits cuts values off at 255. Mode I comes from 16-bit PNGs as well.
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("32-bit pixels have no fixed range; save the image with 8 or 16 bits a channel")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _without_alpha(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -1,0 +1,300 @@
+"""MetaLearner: a model, a loss and a method, ready for an optimiser's loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from innerloop import learning_rates, per_step
+from innerloop.inner_loop import InnerLoop, MetaParameters
+from innerloop.meta_gradients import META_GRADIENTS, GradientMode, TaskGradient
+from innerloop.methods import Method, maml
+from innerloop.network import Loss, Network, Normalisation, evaluating
+from innerloop.per_step import Statistics
+from innerloop.tasks import Examples, Task, meta_batch_size, select_task
+from innerloop.update_rules import UPDATE_RULES, Tensors
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A support or query loss became NaN or infinite.
+
+    Attributes:
+        task: index in the meta-batch.
+        inner_step: 1 .. K, the step at which it was first seen.
+        which: ``"support"`` (the loss that the step was to descend) or ``"query"`` (the loss after it).
+    """
+
+    def __init__(self, which: str, task: int, inner_step: int, value: float) -> None:
+        self.which, self.task, self.inner_step = which, task, inner_step
+        super().__init__(f"the {which} loss of task {task} is {value} at inner step {inner_step}")
+
+
+@dataclass(frozen=True)
+class MetaBatchResult:
+    """What ``MetaLearner.backward`` saw on a meta-batch of T tasks.
+
+    Attributes:
+        loss: mean over tasks of sum_k w_k L_query(theta^k).
+        support_losses: ``[T, K]``, the loss that inner step k descended.
+        query_losses: ``[T, K]``, after each inner step; NaN where w_k = 0 and it was not computed.
+        query_outputs: one entry a task, the model's outputs on the query set after the last step.
+    """
+
+    loss: Tensor
+    support_losses: Tensor
+    query_losses: Tensor
+    query_outputs: list[Any]
+
+
+class MetaLearner:
+    """Meta-learns the initialisation of ``model`` (and rates and norm stacks, as the method says).
+
+    The model is any ``nn.Module`` and stays as it is: its parameters are the initialisation theta^0, which the outer
+    optimiser moves in place. Frozen parameters (``requires_grad=False``) are neither adapted nor learned.
+
+    >>> learner = MetaLearner(model, F.cross_entropy, maml_plus_plus())            # doctest: +SKIP
+    >>> optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3)                # doctest: +SKIP
+    >>> learner.backward(tasks, epoch); optimizer.step(); optimizer.zero_grad()    # doctest: +SKIP
+    >>> classifier = learner.adapt((images, labels))                               # doctest: +SKIP
+
+    Args:
+        model: called with a task's inputs. Move it to its device and dtype first.
+        loss: ``loss(model(inputs), targets)``, a scalar tensor.
+        method: see ``innerloop.methods``.
+        mode: how second-order meta-gradients are computed: ``"mixed"`` (memory does not grow with the inner steps)
+            or ``"reverse"`` (autograd through the unrolled loop). ``"first-order"`` makes every meta-gradient first
+            order. ``"auto"`` is mixed.
+
+    Raises:
+        ValueError: no trainable parameter matches the method's patterns, or the mode is unknown.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        method: Method | None = None,
+        mode: Literal["auto"] | GradientMode = "auto",
+    ) -> None:
+        if mode != "auto" and mode not in META_GRADIENTS:
+            raise ValueError(f"mode must be one of auto, {', '.join(META_GRADIENTS)}; got {mode!r}")
+        self.model = model
+        self.method = method = method if method is not None else maml()
+        self.mode: GradientMode = "mixed" if mode == "auto" else mode
+        self.loop = InnerLoop(Network(model, loss), UPDATE_RULES[method.inner_rule], method.lslr)
+        self.meta = _meta_parameters(model, method)
+        self.statistics = _statistics(model, method)
+
+    def parameters(self) -> Iterator[Tensor]:
+        """All learned meta-parameters, for the outer optimiser."""
+        return (t for _, t in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Learned meta-parameters as ``group/name``: ``adapted/..., shared/..., per_step/..., rates/...``."""
+        for group, tensors in self.meta.groups().items():
+            yield from ((f"{group}/{name}", t) for name, t in tensors.items() if t.requires_grad)
+
+    def state_dict(self) -> Tensors:
+        """Every tensor that is learned or kept, by name: what ``load_state_dict`` takes, and safetensors saves."""
+        return {name: t.detach() for name, t in self._state()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a state, in place.
+
+        Raises:
+            ValueError: names or shapes do not fit this model and method.
+        """
+        own = dict(self._state())
+        if own.keys() != state.keys():
+            raise ValueError(
+                "the state does not fit this model and method: missing "
+                f"{sorted(own.keys() - state.keys())}, unexpected {sorted(state.keys() - own.keys())}"
+            )
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(state[name].shape)} in the state and {tuple(tensor.shape)} here"
+                )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.named_parameters()
+        yield from ((f"statistics/{n}", t) for n, t in self.statistics.shared.items())
+        yield from ((f"per_step_statistics/{n}", t) for n, t in self.statistics.per_step.items())
+
+    def backward(self, tasks: Task, epoch: float | None = None) -> MetaBatchResult:
+        """Add the meta-gradient of the mean task loss to ``.grad`` of every learned meta-parameter.
+
+        Tasks are worked through one after the other, so memory does not grow with their number. Running statistics
+        become the mean over tasks of what each task left behind.
+
+        Args:
+            tasks: a meta-batch, tensors ``[T, ...]``.
+            epoch: where training is, for methods with schedules (MSL, DA), which need it.
+
+        Raises:
+            NonFiniteLossError: a loss was NaN or infinite; no gradient was added.
+            TypeError: the loss was not a scalar.
+            ValueError: the method needs the epoch, or ``tasks`` is not a meta-batch.
+        """
+        size = meta_batch_size(tasks)
+        if epoch is None and self.method.needs_epoch:
+            raise ValueError("this method has MSL or DA, whose schedules need the epoch: backward(tasks, epoch)")
+        weights = self.method.loss_weights(epoch or 0)
+        second_order = self.method.derivative_order(epoch or 0) == 2
+        meta_gradient = META_GRADIENTS[self.mode if second_order else "first-order"]
+
+        results: list[TaskGradient] = []
+        total = self.meta.zeros()
+        for i in range(size):
+            result = meta_gradient(self.loop, self.meta, self.statistics, select_task(tasks, i), weights)
+            for group, tensors in total.groups().items():
+                for name, t in tensors.items():
+                    t += result.gradient.groups()[group][name] / size
+            results.append(result)
+        outcome = MetaBatchResult(
+            torch.stack([r.loss for r in results]).mean(),
+            torch.stack([r.support_losses for r in results]),
+            torch.stack([r.query_losses for r in results]),
+            [r.query_outputs for r in results],
+        )
+        _check_finite(outcome, weights)
+        for group, tensors in self.meta.groups().items():
+            for name, t in tensors.items():
+                if t.requires_grad:
+                    g = total.groups()[group][name]
+                    t.grad = g if t.grad is None else t.grad + g
+        self.statistics.assign_mean([r.statistics for r in results])
+        return outcome
+
+    def trajectory(self, support: Examples | tuple[Any, Any], steps: int | None = None) -> Iterator[Tensors]:
+        """theta^0 .. theta^steps on a support set, in evaluation mode; ``predict`` calls the model with one of them.
+
+        Support sets are always normalised with their own batch's statistics, as in training. ``steps`` defaults to
+        those of training; more go on with the last step's rates, norm weights and statistics.
+        """
+        steps = self.method.inner_steps if steps is None else steps
+        walk = self.loop.trajectory(self.meta, self.statistics.copy(), Examples(*support), steps)
+        while True:
+            # The model's mode is set for one step at a time: the caller may use the model in between.
+            with evaluating(self.model, "batch"):
+                theta = next(walk, None)
+            if theta is None:
+                return
+            yield theta
+
+    @torch.no_grad()
+    def predict(
+        self, fast_weights: Tensors, inner_step: int, inputs: Any, normalisation: Normalisation = "batch"
+    ) -> Any:
+        """The model's outputs with theta^k of ``trajectory``, k = ``inner_step``.
+
+        ``normalisation="batch"`` lets the inputs normalise each other (transductive, as in the paper);
+        ``"running"`` uses the running statistics of the inner step (inductive: an input's output is its own).
+        """
+        tensors = {**fast_weights, **self.meta.fixed_at_step(max(inner_step - 1, 0))}
+        buffers = {n: b.clone() for n, b in self.statistics.at_step(max(inner_step - 1, 0)).items()}
+        with evaluating(self.model, normalisation):
+            return self.loop.network.outputs(tensors, buffers, inputs)
+
+    def adapt(
+        self,
+        support: Examples | tuple[Any, Any],
+        steps: int | None = None,
+        normalisation: Normalisation = "batch",
+    ) -> nn.Module:
+        """A copy of the model, adapted to a support set: an ordinary ``nn.Module`` in evaluation mode.
+
+        Args:
+            support: inputs and targets, without a task dimension.
+            steps: inner steps, by default those of training. Beyond them the last step's rates, norm weights and
+                statistics go on being used.
+            normalisation: ``"batch"``: norm layers use the statistics of whatever batch they are given, also in
+                evaluation mode; ``"running"``: the meta-trained running statistics.
+        """
+        steps = self.method.inner_steps if steps is None else steps
+        theta: Tensors = {}
+        for theta in self.trajectory(support, steps):
+            pass
+        adapted = copy.deepcopy(self.model)
+        last = max(steps - 1, 0)
+        tensors = {**theta, **self.meta.fixed_at_step(last), **self.statistics.at_step(last)}
+        own = {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}
+        with torch.no_grad():
+            for name, value in tensors.items():
+                own[name].copy_(value)
+        for p in adapted.parameters():
+            p.grad = None
+        if normalisation == "batch":
+            for _, layer in per_step.norm_layers(adapted):
+                if isinstance(layer, _NormBase):
+                    layer.track_running_stats = False
+                    layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+        return adapted.eval()
+
+
+def _check_finite(outcome: MetaBatchResult, weights: list[float]) -> None:
+    """Raise at the first inner step with a loss that is NaN or infinite."""
+    counted = torch.tensor([w != 0 for w in weights], device=outcome.query_losses.device)
+    for which, losses in (("support", outcome.support_losses), ("query", outcome.query_losses[:, counted])):
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad):
+            steps = torch.arange(len(weights), device=counted.device)
+            task, column = min(bad.tolist(), key=lambda b: b[1])
+            step = column if which == "support" else int(steps[counted][column])
+            raise NonFiniteLossError(which, task, step + 1, float(losses[task, column]))
+
+
+def _meta_parameters(model: nn.Module, method: Method) -> MetaParameters:
+    """Sort the model's trainable parameters into adapted, shared and per-step ones, and make the rates."""
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    norm = per_step.norm_parameter_names(model) & trainable.keys() if method.bnwb else set()
+    for pattern in (*method.adapt, *method.adapt_except):
+        if not any(fnmatchcase(name, pattern) for name in trainable):
+            raise ValueError(
+                f"no trainable parameter of {type(model).__name__} matches {pattern!r}; it has {', '.join(trainable)}"
+            )
+    adapted = {
+        n: p
+        for n, p in trainable.items()
+        if n not in norm
+        and any(fnmatchcase(n, pattern) for pattern in method.adapt)
+        and not any(fnmatchcase(n, pattern) for pattern in method.adapt_except)
+    }
+    if not adapted:
+        raise ValueError(
+            f"nothing is left to adapt: of {', '.join(trainable)} none matches adapt={method.adapt} "
+            f"without adapt_except={method.adapt_except}" + (" and the norm layers (BNWB)" if norm else "")
+        )
+    if method.lslr:
+        rates = learning_rates.per_layer_per_step(adapted, method.inner_lr, method.inner_steps)
+    elif method.meta_sgd:
+        rates = learning_rates.per_element(adapted, method.inner_lr)
+    else:
+        rates = learning_rates.constant(adapted, method.inner_lr)
+    stacks = per_step.stack({n: trainable[n] for n in sorted(norm)}, method.inner_steps)
+    return MetaParameters(
+        adapted=dict(adapted),
+        shared={n: p for n, p in trainable.items() if n not in adapted and n not in norm},
+        per_step={n: s.requires_grad_() for n, s in stacks.items()},
+        rates=rates,
+    )
+
+
+def _statistics(model: nn.Module, method: Method) -> Statistics:
+    """The model's own buffers, those of the norm layers as stacks under BNRS."""
+    buffers = dict(model.named_buffers())
+    norm = per_step.norm_buffer_names(model) & buffers.keys() if method.bnrs else set()
+    return Statistics(
+        {n: b for n, b in buffers.items() if n not in norm},
+        per_step.stack({n: buffers[n] for n in sorted(norm)}, method.inner_steps),
+    )

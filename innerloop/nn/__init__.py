@@ -1,0 +1,7 @@
+"""Networks of the field, as ordinary modules. The last layer of each is named ``head``."""
+
+from innerloop.nn.conv4 import Conv4
+from innerloop.nn.mlp import MLP
+from innerloop.nn.resnet12 import ResNet12
+
+__all__ = ["MLP", "Conv4", "ResNet12"]

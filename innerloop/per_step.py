@@ -1,0 +1,89 @@
+"""BNRS and BNWB: a stack ``[K, ...]`` of every parameter and buffer of the normalisation layers.
+
+The user's model is left as it is. At inner step k it is called with entry k of each stack in the place of the
+layer's own tensor, by ``torch.func.functional_call``, so that any network with ordinary norm layers can have
+per-step batch normalisation (MAML++, section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+NORM_LAYERS: tuple[type[nn.Module], ...] = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+"""Batch and instance normalisation of any dimension, layer, group and RMS normalisation, and their subclasses."""
+
+
+def norm_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every normalisation layer."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, NORM_LAYERS))
+
+
+def norm_parameter_names(model: nn.Module) -> set[str]:
+    """Names of the weights and biases (gamma, beta) of the normalisation layers."""
+    return {f"{layer}.{name}".lstrip(".") for layer, m in norm_layers(model) for name, _ in m.named_parameters(recurse=False)}
+
+
+def norm_buffer_names(model: nn.Module) -> set[str]:
+    """Names of the running statistics of the normalisation layers."""
+    return {f"{layer}.{name}".lstrip(".") for layer, m in norm_layers(model) for name, _ in m.named_buffers(recurse=False)}
+
+
+def stack(tensors: Mapping[str, Tensor], inner_steps: int) -> dict[str, Tensor]:
+    """Each tensor repeated for every inner step: ``[K, ...]``, memory of its own."""
+    return {name: torch.stack([t.detach()] * inner_steps) for name, t in tensors.items()}
+
+
+def at_step(stacks: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+    """Entry k of every stack. Steps beyond those that were trained use the last entry."""
+    return {name: s[min(k, len(s) - 1)] for name, s in stacks.items()}
+
+
+@dataclass
+class Statistics:
+    """The model's buffers as one task's inner loop sees and changes them.
+
+    Attributes:
+        shared: buffers with one value for all inner steps (every buffer, without BNRS).
+        per_step: stacks ``[K, ...]`` of the normalisation layers' buffers (BNRS).
+    """
+
+    shared: dict[str, Tensor]
+    per_step: dict[str, Tensor]
+
+    def copy(self) -> Statistics:
+        """The same values in memory of their own."""
+        return Statistics(
+            {name: t.clone() for name, t in self.shared.items()},
+            {name: t.clone() for name, t in self.per_step.items()},
+        )
+
+    def at_step(self, k: int) -> dict[str, Tensor]:
+        """The buffers to call the model with at inner step k."""
+        return {**self.shared, **at_step(self.per_step, k)}
+
+    def update(self, k: int, buffers: Mapping[str, Tensor]) -> None:
+        """Take over the buffers that a call at inner step k left behind."""
+        for name, value in buffers.items():
+            if name in self.per_step:
+                stacked = self.per_step[name]
+                stacked[min(k, len(stacked) - 1)] = value
+            else:
+                self.shared[name] = value
+
+    def assign_mean(self, tasks: Sequence[Statistics]) -> None:
+        """Take over, in place, what the tasks of a meta-batch left behind: the mean of their copies.
+
+        Counters (integer buffers such as ``num_batches_tracked``) are the same in every task; the largest is taken.
+        """
+        for own, copies in (
+            (self.shared, [t.shared for t in tasks]),
+            (self.per_step, [t.per_step for t in tasks]),
+        ):
+            for name, value in own.items():
+                values = torch.stack([c[name] for c in copies])
+                value.copy_(values.mean(0) if values.is_floating_point() else values.amax(0))

@@ -1,0 +1,67 @@
+"""What a person sees while a run goes on: a bar with the time left, and a line for each epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+
+class Bar:
+    """One bar in progress."""
+
+    def __init__(self, progress: RichProgress | None, task: Any = None) -> None:
+        self._progress, self._task = progress, task
+
+    def advance(self, status: str = "") -> None:
+        """One more step done; ``status`` is shown beside the bar."""
+        if self._progress is not None:
+            self._progress.update(self._task, advance=1, status=status)
+
+
+class Progress:
+    """Progress on standard error, so that standard output stays a result. Not ``shown``: silent."""
+
+    def __init__(self, shown: bool = True) -> None:
+        self.shown = shown
+        self.console = Console(stderr=True, quiet=not shown)
+
+    @contextmanager
+    def task(self, name: str, total: int, completed: int = 0) -> Iterator[Bar]:
+        """A bar of ``total`` steps; without a terminal, nothing."""
+        if not (self.shown and self.console.is_terminal):
+            yield Bar(None)
+            return
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[status]}"),
+        )
+        with RichProgress(*columns, console=self.console, transient=True) as progress:
+            yield Bar(progress, progress.add_task(name, total=total, completed=completed, status=""))
+
+    def epoch(self, record: Mapping[str, Any], epochs: int) -> None:
+        """A line for a finished epoch."""
+        if record["val_accuracy"] is None:
+            train, val = f"{record['train_loss']:.4f}", f"{record['val_loss']:.4f} ± {record['val_interval']:.4f}"
+            figures = f"train loss {train}  validation loss {val}"
+        else:
+            val = f"{record['val_accuracy']:.2%} ± {record['val_interval']:.2%}"
+            figures = f"train {record['train_accuracy']:.2%}  validation {val}"
+        left = record["seconds"] / record["epoch"] * (epochs - record["epoch"])
+        self.console.print(
+            f"epoch {record['epoch']}/{epochs}  {figures} ({record['val_tasks']} tasks)  "
+            f"order {record['derivative_order']}  outer rate {record['outer_lr']:.1e}  "
+            f"{record['tasks_per_second']:.1f} tasks/s  about {left / 60:.0f} min left",
+            highlight=False,
+            soft_wrap=True,
+        )

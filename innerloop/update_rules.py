@@ -1,0 +1,70 @@
+"""Inner update rules: theta^{k+1} from theta^k and the support gradient g_k. Pure and differentiable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+InnerRule = Literal["sgd", "momentum", "adam"]
+
+MOMENTUM = 0.9
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """One inner step.
+
+    Attributes:
+        slots: how many state tensors the rule keeps for each adapted parameter (all start at zero).
+        step: ``(theta, slots, g, alpha, k) -> (theta, slots)`` on one parameter, k counted from 0.
+    """
+
+    slots: int
+    step: Callable[[Tensor, tuple[Tensor, ...], Tensor, Tensor, int], tuple[Tensor, tuple[Tensor, ...]]]
+
+    def initial_state(self, theta: Tensors) -> dict[str, tuple[Tensor, ...]]:
+        """The rule's state before the first inner step: zeros shaped like each parameter."""
+        return {name: tuple(torch.zeros_like(t) for _ in range(self.slots)) for name, t in theta.items()}
+
+
+def _sgd(
+    theta: Tensor, slots: tuple[Tensor, ...], g: Tensor, alpha: Tensor, k: int
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """theta^{k+1} = theta^k - alpha_k g_k (MAML, equation 1)."""
+    return theta - alpha * g, ()
+
+
+def _momentum(
+    theta: Tensor, slots: tuple[Tensor, ...], g: Tensor, alpha: Tensor, k: int
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """v^{k+1} = mu v^k + g_k; theta^{k+1} = theta^k - alpha_k v^{k+1} (as ``torch.optim.SGD``)."""
+    velocity = MOMENTUM * slots[0] + g
+    return theta - alpha * velocity, (velocity,)
+
+
+def _adam(
+    theta: Tensor, slots: tuple[Tensor, ...], g: Tensor, alpha: Tensor, k: int
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Adam (Kingma & Ba 2015) with epsilon inside the root.
+
+    ``sqrt(v + eps^2)`` instead of ``sqrt(v) + eps``: the same to within eps, and with a finite derivative where a
+    gradient is exactly zero, as behind a dead ReLU, where the usual form gives NaN meta-gradients.
+    """
+    mean = BETA1 * slots[0] + (1 - BETA1) * g
+    square = BETA2 * slots[1] + (1 - BETA2) * g * g
+    corrected_mean = mean / (1 - BETA1 ** (k + 1))
+    corrected_square = square / (1 - BETA2 ** (k + 1))
+    return theta - alpha * corrected_mean / (corrected_square + EPSILON**2).sqrt(), (mean, square)
+
+
+UPDATE_RULES: dict[InnerRule, UpdateRule] = {
+    "sgd": UpdateRule(0, _sgd),
+    "momentum": UpdateRule(1, _momentum),
+    "adam": UpdateRule(2, _adam),
+}
