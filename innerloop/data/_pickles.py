@@ -27,8 +27,8 @@ def read_pickle(path: Path) -> Any:
             return _plain(_ArrayUnpickler(file, encoding="latin1").load())
         except _ForbiddenError as error:
             raise ValueError(
-                f"{str(path)!r} is refused: {error}. Such a pickle may run any program; only plain values and "
-                "arrays of whole numbers are read. If you made it yourself, save it as one of those"
+                f"{str(path)!r} is refused: {error}. Such a pickle may run any program; only plain values "
+                "and arrays of whole numbers are read. If you made it yourself, save it as one of those"
             ) from error
         except Exception as error:
             # A truncated or altered pickle can raise nearly anything from inside the unpickler.

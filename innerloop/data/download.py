@@ -73,8 +73,8 @@ def download(
                     _fetch(url, part, timeout, bar)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise DownloadError(
-            f"cannot download {url}: {str(error) or type(error).__name__}. Check the connection and run again "
-            f"(it goes on from where it stopped), or fetch the file by other means and put it at {path}"
+            f"cannot download {url}: {str(error) or type(error).__name__}. Check the connection and run "
+            f"again (it goes on from where it stopped), or fetch the file by other means and put it at {path}"
         ) from error
     found = _digest(part, algorithm)
     if found != checksum:

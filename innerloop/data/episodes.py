@@ -196,7 +196,7 @@ def _check_split(split: Split, classes: ClassImages, ways: int, shots: int, quer
     smallest = min(range(len(classes.sizes)), key=classes.sizes.__getitem__)
     if classes.sizes[smallest] < shots + queries:
         raise ValueError(
-            f"a task needs {shots} shots + {queries} queries = {shots + queries} different images of a class, "
+            f"a task needs {shots} shots + {queries} queries = {shots + queries} images of each class, "
             f"and class {classes.names[smallest]!r} of split {split!r} has {classes.sizes[smallest]}. "
             "Ask for fewer shots or queries, or leave the class out"
         )

@@ -79,24 +79,24 @@ def image_folder(
 
 
 def _given_splits(root: Path) -> dict[Split, dict[str, list[ImageSource]]] | None:
-    """The user's own splits, or ``None`` if ``root`` holds class folders (one of which may be called "train")."""
+    """The user's own splits, or ``None`` if ``root`` holds class folders (one may be called "train")."""
     present = [split for split in SPLITS if (root / split).is_dir() and subfolders(root / split)]
     if not present:
         return None
     missing = [split for split in SPLITS if split not in present]
     if missing:
         raise ValueError(
-            f"{str(root)!r} has class folders in {present} but none in {missing}; give each of {list(SPLITS)} "
-            "its class folders, or put all class folders directly into the folder to have them split for you"
+            f"{str(root)!r} has class folders in {present} but none in {missing}; give each of "
+            f"{list(SPLITS)} its class folders, or put all class folders directly into the folder to have them split for you"
         )
     splits = {split: class_folders(root / split) for split in SPLITS}
     for one, other in combinations(SPLITS, 2):
         shared = sorted(splits[one].keys() & splits[other].keys())
         if shared:
             raise ValueError(
-                f"{len(shared)} classes are in both {one!r} and {other!r} of {str(root)!r}, such as {shared[:3]}. "
-                "Few-shot learning is judged on classes never seen in training: move each class into one split "
-                "(or rename it, if it only has the same name)"
+                f"{len(shared)} classes are in both {one!r} and {other!r} of {str(root)!r}: {shared[:3]}. "
+                "Few-shot learning is judged on classes never seen in training: move each class into one "
+                "split (or rename it, if it only has the same name)"
             )
     return splits
 

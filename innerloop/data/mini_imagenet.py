@@ -1,4 +1,4 @@
-"""mini-ImageNet: 100 ImageNet classes of 600 images (Vinyals et al. 2016; split of Ravi & Larochelle 2017)."""
+"""mini-ImageNet: 100 classes of 600 images (Vinyals et al. 2016; split of Ravi & Larochelle 2017)."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ def _list_csv(root: Path, tables: Path) -> Listed | None:
         shown = "".join(f"\n  {p}" for p in missing[:10])
         more = f"\n  ... and {len(missing) - 10} more" if len(missing) > 10 else ""
         raise FileNotFoundError(
-            f"{len(missing)} of the {len(everything)} images that the CSV files in {str(tables)!r} list are not "
-            f"in {str(images)!r}:{shown}{more}\nPut them there, or point root at the folder that has them"
+            f"{len(missing)} of the {len(everything)} images that the CSV files in {str(tables)!r} list are "
+            f"not in {str(images)!r}:{shown}{more}\nPut them there, or point root at the folder that has them"
         )
     return {
         split: {

@@ -126,8 +126,8 @@ def _list_characters(root: Path) -> Characters:
     if not any(found.values()):
         raise FileNotFoundError(
             f"no Omniglot in {str(root)!r}: expected images_background and images_evaluation, as folders or "
-            f".zip. Let it be fetched with download=True (--download), or put {URL}/images_background.zip and "
-            f"{URL}/images_evaluation.zip there"
+            f".zip. Let it be fetched with download=True (--download), or put {URL}/images_background.zip "
+            f"and {URL}/images_evaluation.zip there"
         )
     characters: Characters = {}
     problems: list[str] = []

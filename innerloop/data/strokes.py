@@ -305,7 +305,7 @@ def _bounds(points: Array) -> tuple[Array, Array]:
 
 
 def _normal(words: Words) -> Array:
-    """A nearly normal number (mean 0, deviation 1) from each word: its four 16-bit parts, summed and scaled."""
+    """A nearly normal number (mean 0, deviation 1) from each word: four 16-bit parts, summed and scaled."""
     parts = [(words >> np.uint64(shift)) & np.uint64(0xFFFF) for shift in (0, 16, 32, 48)]
     total = np.sum(parts, axis=0).astype(np.float64) / 65536
     return np.asarray((total - 2) * np.sqrt(3.0))

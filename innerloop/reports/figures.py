@@ -32,8 +32,9 @@ __all__ = [
 def write_run_figures(run: Path) -> list[Path]:
     """Draw what ``run/metrics.jsonl`` holds so far into ``run/figures``.
 
-    ``accuracy.png`` (``loss.png`` for regression), ``inner_steps.png``, ``rates.png`` (if the run recorded inner rates),
-    ``msl_weights.png`` and ``gradient_norm.png``. Good from the first finished epoch on, so it may be called after each.
+    These are ``accuracy.png`` (``loss.png`` for regression), ``inner_steps.png``, ``rates.png`` (if inner rates were
+    recorded), ``msl_weights.png`` and ``gradient_norm.png``. Good from the first finished epoch on, so it may be
+    called after each.
 
     Returns:
         The files written.
@@ -105,12 +106,12 @@ def draw_adapted_curves(path: Path, *, tasks: Sequence[CurveTask]) -> Path:
 
 
 def draw_overview(path: Path, run: Path, *, task: TaskPicture) -> Path:
-    """A wide picture (1920 x 760 pixels) for a README: a task being learned, the run's accuracy, the inner steps."""
+    """A wide picture (1920 x 688 pixels) for a README: a task being learned, the run, what inner steps give."""
     records = read_run(run)
     shown = 5
     size = task_size(task, most_classes=shown, most_shots=2)
     width = 5.0
-    with figure_at(path, 12.0, 4.75) as figure:
+    with figure_at(path, 12.0, 4.3) as figure:
         left, middle, right = figure.subplots(1, 3, width_ratios=[width, 3.5, 3.2])
         task_panel(left, task, most_classes=shown, most_shots=2, unit=0.95 * width / size.width)
         (panels.accuracy_panel if records.is_classification else panels.loss_panel)(middle, records)

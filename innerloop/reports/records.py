@@ -88,8 +88,8 @@ class RunRecords:
 def read_run(run: Path) -> RunRecords:
     """Read ``config.json`` (if there) and ``metrics.jsonl`` of a run's folder.
 
-    A last line that a stopped run left half-written is passed over. Where an epoch was recorded twice, by a run
-    that went on from a checkpoint, the later record counts.
+    A last line that a stopped run left half-written is passed over. Where an epoch was recorded twice, by a
+    run that went on from a checkpoint, the later record counts.
 
     Raises:
         FileNotFoundError: there is no ``metrics.jsonl``.

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
@@ -33,10 +34,11 @@ def accuracy_panel(axes: Axes, run: RunRecords) -> None:
         )
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, -2.0), min(high, 101.0))
+    axes.yaxis.set_major_locator(_ticks_to_100())
     axes.yaxis.set_major_formatter(_percent_sign())
     axes.set_ylabel("query accuracy")
     axes.set_title("Accuracy on new tasks")
-    _mark_changes(axes, run)
+    _mark_changes(axes, run, above=0.3)
     axes.legend(loc="lower right")
 
 
@@ -85,8 +87,8 @@ def inner_steps_panel(axes: Axes, run: RunRecords, *, lines: int = 5) -> None:
             axes.axhline(100 / run.ways, color=style.GREY, linewidth=1, linestyle=(0, (2, 2)), zorder=2)
             note = f"chance, 1 in {run.ways}"
             axes.annotate(
-                note, (1, 100 / run.ways), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
-                ha="right", va="bottom", fontsize=7.5, color=style.GREY,
+                note, (1, 100 / run.ways), (0, 3), xycoords=("axes fraction", "data"),
+                textcoords="offset points", ha="right", va="bottom", fontsize=7.5, color=style.GREY,
             )  # fmt: skip
         low, high = axes.get_ylim()
         axes.set_ylim(max(min(low, high - 4), -2.0), min(high + 0.08 * (high - low), 106.0))
@@ -95,7 +97,7 @@ def inner_steps_panel(axes: Axes, run: RunRecords, *, lines: int = 5) -> None:
     else:
         _log_axis(axes, [_per_step(run.epochs[index], classify) for index in shown])
     most = max(len(_per_step(run.epochs[index], classify)) for index in shown) - 1
-    axes.set_xlim(-0.15, most + 0.15)
+    axes.set_xlim(-0.06 * most - 0.02, 1.04 * most + 0.02)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
     axes.set_xlabel("inner step (0: before adaptation)")
     axes.set_ylabel("query accuracy" if classify else "query loss (log scale)")
@@ -107,7 +109,7 @@ def inner_steps_panel(axes: Axes, run: RunRecords, *, lines: int = 5) -> None:
 
 
 def rates_panel(axes: Axes, run: RunRecords) -> None:
-    """Heat map of the inner rates of the last epoch: parameter tensors from input to output, by inner step."""
+    """Heat map of the last epoch's inner rates: parameter tensors from input to output, by inner step."""
     rates = run.epochs[-1].rates
     if not rates:
         raise ValueError(f"run {run.name} has no inner rates")
@@ -153,13 +155,13 @@ def rates_panel(axes: Axes, run: RunRecords) -> None:
         extend="both" if low and high else "min" if low else "max" if high else "neither",
     )  # fmt: skip
     bar.set_label(f"inner rate α (started at {centre:g})")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.axhline(centre, color=style.GREY, linewidth=0.8)
     _write_cells(axes, table, centre, reach)
 
 
 def msl_weights_panel(axes: Axes, run: RunRecords) -> None:
-    """w_k of every inner step's query loss over the epochs; epochs of first-order meta-gradients are shaded."""
+    """w_k of every inner step's query loss over the epochs; those of first-order meta-gradients are shaded."""
     epochs = _epoch_numbers(run)
     steps = max(len(record.loss_weights) for record in run.epochs)
     weights = np.full((len(epochs), steps), np.nan)
@@ -181,9 +183,8 @@ def msl_weights_panel(axes: Axes, run: RunRecords) -> None:
             linewidth=2.4 if final else 1.5 + 2.2 * min(covering, 6),
             linestyle="-" if final or covering else style.LINE_STYLES[step % len(style.LINE_STYLES)],
             solid_capstyle="butt",
-            marker="o" if final else style.MARKERS[(step + 1) % len(style.MARKERS)],
-            markersize=4.5 if final else 4.5 + 1.2 * min(covering, 6),
-            markevery=_mark_every(len(epochs), offset=0),
+            marker="o" if final else "" if covering else style.MARKERS[(step + 1) % len(style.MARKERS)],
+            markevery=_mark_every(len(epochs)),
             zorder=4 if final else 2 + step / steps,
             label=f"step {step + 1}" + (" (last)" if final and steps > 1 else ""),
         )
@@ -265,8 +266,12 @@ def _mark_lost(axes: Axes, epochs: Array, values: Array) -> None:
         )  # fmt: skip
 
 
-def _mark_changes(axes: Axes, run: RunRecords) -> None:
-    """Thin lines where the recipe changes: multi-step loss ends, the derivative order switches."""
+def _mark_changes(axes: Axes, run: RunRecords, *, above: float = 0.0) -> None:
+    """Thin lines where the recipe changes: multi-step loss ends, the derivative order switches.
+
+    Their notes stand at the fraction ``above`` of the panel's height, to leave room for a legend.
+    """
+    halo = [withStroke(linewidth=2.5, foreground="white")]
     orders = {record.epoch: record.derivative_order for record in run.epochs}
     changes = [
         (epoch, "second-order from here" if orders[epoch] == 2 else "first-order from here")
@@ -277,8 +282,8 @@ def _mark_changes(axes: Axes, run: RunRecords) -> None:
     for epoch, note in changes:
         axes.axvline(epoch - 0.5, color=style.GREY, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
         axes.annotate(
-            note, (epoch - 0.5, 0), (2, 4), xycoords=("data", "axes fraction"), textcoords="offset points",
-            rotation=90, ha="left", va="bottom", fontsize=7, color=style.GREY,
+            note, (epoch - 0.5, above), (2, 4), xycoords=("data", "axes fraction"), textcoords="offset points",
+            rotation=90, ha="left", va="bottom", fontsize=7, color=style.GREY, path_effects=halo, zorder=6,
         )  # fmt: skip
 
 
@@ -294,8 +299,8 @@ def _name_points(axes: Axes, steps: Array | NDArray[np.int_], values: Array) -> 
     for index in _few_ticks(len(values), most=7):
         if math.isfinite(values[index]):
             axes.annotate(
-                f"{values[index]:.1f}", (float(steps[index]), values[index]), (0, 6), textcoords="offset points",
-                ha="center", va="bottom", fontsize=7.5, color=style.VERMILLION, fontweight="bold",
+                f"{values[index]:.1f}", (float(steps[index]), values[index]), (-4, 6),
+                textcoords="offset points", ha="center", va="bottom", fontsize=7.5, color=style.VERMILLION, fontweight="bold",
             )  # fmt: skip
 
 
@@ -331,7 +336,9 @@ def _write_cells(axes: Axes, table: Array, centre: float, reach: float) -> None:
 
 
 def _cell_text(value: float, places: int) -> str:
-    return f"{value:.{places}f}" if math.isfinite(value) else "–"
+    if not math.isfinite(value):
+        return "n/a"
+    return f"{round(value, places) + 0.0:.{places}f}".replace("-", "−")  # + 0.0: no minus before a zero
 
 
 def _decimals(spread: float) -> int:
@@ -355,7 +362,7 @@ def _epoch_axis(axes: Axes, run: RunRecords) -> None:
     first, last = run.epochs[0].epoch, run.epochs[-1].epoch
     margin = max(0.02 * (last - first), 0.5)
     axes.set_xlim(first - margin, last + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     each = run.epochs[-1].iterations / last
     axes.set_xlabel(f"epoch ({each:.0f} iterations each)" if each.is_integer() and each >= 1 else "epoch")
 
@@ -388,7 +395,7 @@ def _ticks_to_100() -> MaxNLocator:
         def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
             return [float(tick) for tick in super().tick_values(vmin, vmax) if tick <= 100]
 
-    return Ticks(nbins=8)
+    return Ticks(nbins=8, steps=[1, 2, 5, 10])
 
 
 def _epoch_numbers(run: RunRecords) -> Array:
@@ -439,6 +446,6 @@ def _few_ticks(count: int, most: int = 20) -> list[int]:
     return list(range(count)) if count <= most else _spread(count, most // 2 + 1, geometric=False)
 
 
-def _mark_every(count: int, offset: int = 0) -> tuple[int, int]:
+def _mark_every(count: int) -> tuple[int, int]:
     """Markers on at most about 20 points, so that lines differ in print but stay lines."""
-    return (offset, max(1, math.ceil(count / 20)))
+    return (0, max(1, math.ceil(count / 20)))

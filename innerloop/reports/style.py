@@ -41,7 +41,9 @@ ORDERED: Colormap = LinearSegmentedColormap.from_list(
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINE_STYLES: tuple[Any, ...] = ((0, (1, 1.2)), (0, (4, 1.5, 1, 1.5)), (0, (5, 1.5)), (0, (8, 1.5)))
 
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.constrained_layout.h_pad": 0.08,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9.0,
@@ -85,7 +87,7 @@ def figure_at(path: Path, width: float, height: float) -> Iterator[Figure]:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a PNG in one move: a reader finds the old file or the new, and the same data gives the same bytes."""
+    """Write a PNG in one move: readers find the old file or the new. The same data gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:

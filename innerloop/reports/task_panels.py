@@ -1,4 +1,4 @@
-"""One task being learned, as a picture: images and how sure the model is of them, or curves through points."""
+"""One task being learned, as a picture: images and how sure the model is of them, or curves."""
 
 from __future__ import annotations
 
@@ -91,17 +91,17 @@ def task_size(task: TaskPicture, *, most_classes: int = 10, most_shots: int = 5)
     counts = np.bincount(np.asarray(task.support_labels), minlength=task.ways)
     rows, shots = min(task.ways, most_classes), min(int(counts.max()), most_shots)
     cells = np.shape(task.probabilities)[0] * _CELL
-    return TaskSize(rows, shots, _LEFT + shots + _GAP + 1 + _GAP / 2 + cells, rows + 2.9)
+    return TaskSize(rows, shots, _LEFT + shots + _GAP + 1 + _GAP / 2 + cells, rows + 2.5)
 
 
 def task_panel(
     axes: Axes, task: TaskPicture, *, most_classes: int = 10, most_shots: int = 5, unit: float = 0.5
 ) -> None:
-    """A row for each class: its support images, one query image, and after each inner step how sure the model is.
+    """A row for each class: its support images, one query image, how sure the model is after each inner step.
 
-    Of more than ``most_classes`` classes or ``most_shots`` images the first are shown and the picture says so. The
-    bottom line counts all query images. ``unit`` is an image's size in inches, which text follows. Drawn characters,
-    bright ink on a dark ground, are shown as ink on paper.
+    Of more than ``most_classes`` classes or ``most_shots`` images the first are shown and the picture says so.
+    The bottom line counts all query images. ``unit`` is an image's size in inches, which text follows. Drawn
+    characters, bright ink on a dark ground, are shown as ink on paper.
     """
     size = task_size(task, most_classes=most_classes, most_shots=most_shots)
     support_labels, query_labels = np.asarray(task.support_labels), np.asarray(task.query_labels)
@@ -154,24 +154,24 @@ def task_panel(
         )  # fmt: skip
     count = len(query_labels)
     axes.text(
-        cells_left - 0.2, size.rows + 0.2, f"right, of {count} query image{'s' * (count > 1)}:", ha="right", va="top",
-        fontsize=font,
+        cells_left - 0.2, size.rows + 0.2, f"right, of {count} query image{'s' * (count > 1)}:",
+        ha="right", va="top", fontsize=font,
     )  # fmt: skip
     _show_key(axes, cells_left, size, task, font)
     axes.set_xlim(-0.05, size.width + 0.05)
-    axes.set_ylim(size.rows + 1.75, -1.15)
-    axes.set_aspect("equal")
+    axes.set_ylim(size.rows + 1.35, -1.15)
+    axes.set_aspect("equal", anchor="N")
     axes.axis("off")
     axes.set_title(task.title)
 
 
 def _show_key(axes: Axes, left: float, size: TaskSize, task: TaskPicture, font: float) -> None:
     """What the marks mean, and what is left out."""
-    y = size.rows + 1.2
+    y = size.rows + 1.05
     _show_mark(axes, left + 0.15, y, True, font)
     axes.text(left + 0.4, y, "guess is right", va="center", fontsize=0.92 * font, color=style.GREY)
-    _show_mark(axes, left + 3.15, y, False, font)
-    axes.text(left + 3.4, y, "guess is wrong", va="center", fontsize=0.92 * font, color=style.GREY)
+    _show_mark(axes, left + 2.75, y, False, font)
+    axes.text(left + 3.0, y, "guess is wrong", va="center", fontsize=0.92 * font, color=style.GREY)
     left_out = []
     if size.rows < task.ways:
         left_out.append(f"{size.rows} of {task.ways} classes")
@@ -213,8 +213,8 @@ def _show_cell(axes: Axes, left: float, top: float, probability: float, right: b
     _show_mark(axes, left + 0.25, top + 0.5, right and known, font)
     dark = known and probability > 0.65
     axes.text(
-        left + 0.43, top + 0.5, f"{probability:.2f}" if known else "n/a", ha="left", va="center", fontsize=0.92 * font,
-        color="white" if dark else style.INK,
+        left + 0.43, top + 0.5, f"{probability:.2f}" if known else "n/a", ha="left", va="center",
+        fontsize=0.92 * font, color="white" if dark else style.INK,
     )  # fmt: skip
 
 
@@ -271,8 +271,8 @@ def curve_panel(axes: Axes, task: CurveTask, *, title: str = "") -> None:
         )
     count = len(_flat(task.support_x))
     axes.plot(
-        _flat(task.support_x), _flat(task.support_y), linestyle="none", marker="^", markersize=7, color=style.VERMILLION,
-        markeredgecolor="white", markeredgewidth=0.8, zorder=20, label=f"support ({count} points)",
+        _flat(task.support_x), _flat(task.support_y), linestyle="none", marker="^", markersize=7,
+        color=style.VERMILLION, markeredgecolor="white", markeredgewidth=0.8, zorder=20, label=f"support ({count} points)",
     )  # fmt: skip
     axes.set_xlabel("input x")
     axes.set_title(title)
