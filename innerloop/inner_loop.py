@@ -8,11 +8,12 @@ Everything here is a function of its arguments; ``meta_gradients`` differentiate
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import grad
 
 from innerloop import learning_rates, per_step
 from innerloop.network import Network
@@ -23,8 +24,7 @@ from innerloop.update_rules import Tensors, UpdateRule
 State = dict[str, tuple[Tensor, ...]]
 
 
-@dataclass
-class MetaParameters:
+class MetaParameters(NamedTuple):
     """What the outer loop learns, by the model's parameter names.
 
     Attributes:
@@ -39,44 +39,37 @@ class MetaParameters:
     per_step: Tensors
     rates: Tensors
 
-    def groups(self) -> dict[str, Tensors]:
-        """The four dictionaries by their names."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    def zeros(self) -> MetaParameters:
-        """Zeros of the same shapes, to sum gradients in."""
-        return MetaParameters(**{g: {n: torch.zeros_like(t) for n, t in d.items()} for g, d in self.groups().items()})
-
-    def leaves(self) -> MetaParameters:
-        """The same values as new autograd leaves; those that are not learned stay constants."""
-        return MetaParameters(
-            **{
-                g: {n: t.detach().requires_grad_(t.requires_grad) for n, t in d.items()}
-                for g, d in self.groups().items()
-            }
-        )
-
     def fixed_at_step(self, k: int) -> Tensors:
         """psi_k: the parameters that inner step k uses and does not adapt."""
         return {**self.shared, **per_step.at_step(self.per_step, k)}
 
 
-class StepGradient(NamedTuple):
-    """Loss and gradients on one set of examples."""
+class Gradient(NamedTuple):
+    """A loss on a set of examples, its gradients, and what the call left behind."""
 
-    loss: Tensor
     theta: Tensors
     fixed: Tensors
-    outputs: object
+    loss: Tensor
+    outputs: Any
+    statistics: Statistics
 
 
 @dataclass(frozen=True)
 class InnerLoop:
-    """How one task is learned: the network, the update rule, and whether rates are per step (LSLR)."""
+    """How one task is learned.
+
+    Attributes:
+        network: the model and the loss.
+        rule: the inner update rule.
+        lslr: whether the rates are per step.
+        functional: take gradients by ``torch.func``, which ``vmap`` needs; ordinary autograd has less overhead and
+            serves operations that ``torch.func`` does not know.
+    """
 
     network: Network
     rule: UpdateRule
     lslr: bool
+    functional: bool = False
 
     def gradient(
         self,
@@ -87,26 +80,33 @@ class InnerLoop:
         examples: Examples,
         *,
         with_fixed: bool = False,
-        create_graph: bool = False,
-    ) -> StepGradient:
-        """grad L(f(theta), examples) with the norm layers of inner step k; updates ``statistics``.
+    ) -> Gradient:
+        """Grad L(f(theta), examples) with the norm layers of inner step k, as constants.
 
-        With ``create_graph`` the gradients can be differentiated again and ``theta`` must require grad already;
-        without, they are constants. ``with_fixed`` asks for the gradient by psi_k too.
+        ``with_fixed`` asks for the gradient by psi_k (``fixed``) too.
         """
-        if not create_graph:
-            theta = {n: t.detach().requires_grad_() for n, t in theta.items()}
-            fixed = {n: t.detach().requires_grad_(with_fixed) for n, t in fixed.items()}
-        wanted = {**theta, **(fixed if with_fixed else {})}
-        with torch.enable_grad():
-            loss, outputs, buffers = self.network.loss({**theta, **fixed}, statistics.at_step(k), examples)
-            gradients = torch.autograd.grad(
-                loss, list(wanted.values()), create_graph=create_graph, materialize_grads=True
-            )
-        statistics.update(k, buffers)
-        by_name = dict(zip(wanted, gradients, strict=True))
-        return StepGradient(
-            loss, {n: by_name[n] for n in theta}, {n: by_name[n] for n in fixed if n in by_name}, outputs
+        theta, fixed = detached(theta), detached(fixed)
+        buffers = statistics.at_step(k)
+        wanted = {**theta, **fixed} if with_fixed else theta
+        if self.functional:
+
+            def loss_of(wanted: Tensors) -> tuple[Tensor, tuple[Tensor, Any, Tensors]]:
+                loss, outputs, left = self.network.loss({**fixed, **wanted}, buffers, examples)
+                return loss, (loss, outputs, left)
+
+            gradients, (loss, outputs, left) = grad(loss_of, has_aux=True)(wanted)
+        else:
+            wanted = {n: t.requires_grad_() for n, t in wanted.items()}
+            with torch.enable_grad():
+                loss, outputs, left = self.network.loss({**fixed, **wanted}, buffers, examples)
+                values = torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True)
+            gradients = dict(zip(wanted, values, strict=True))
+        return Gradient(
+            {n: gradients[n] for n in theta},
+            {n: gradients[n] for n in fixed} if with_fixed else {},
+            loss.detach(),
+            outputs,
+            statistics.updated(k, left),
         )
 
     def update(self, theta: Tensors, state: State, g: Tensors, rates: Tensors, k: int) -> tuple[Tensors, State]:
@@ -122,13 +122,20 @@ class InnerLoop:
     def trajectory(
         self, meta: MetaParameters, statistics: Statistics, support: Examples, steps: int
     ) -> Iterator[Tensors]:
-        """theta^0, theta^1, .. theta^steps, as constants. More steps than were trained go on with the last step's
-        rates, norm weights and statistics."""
-        theta = {n: t.detach() for n, t in meta.adapted.items()}
-        rates = {n: t.detach() for n, t in meta.rates.items()}
+        """theta^0, theta^1, .. theta^steps, as constants.
+
+        More steps than were trained go on with the last step's rates, norm weights and statistics.
+        """
+        theta, rates = detached(meta.adapted), detached(meta.rates)
         state = self.rule.initial_state(theta)
         yield theta
         for k in range(steps):
-            g = self.gradient(theta, meta.fixed_at_step(k), statistics, k, support).theta
-            theta, state = self.update(theta, state, g, rates, k)
+            support_gradient = self.gradient(theta, meta.fixed_at_step(k), statistics, k, support)
+            statistics = support_gradient.statistics
+            theta, state = self.update(theta, state, support_gradient.theta, rates, k)
             yield theta
+
+
+def detached(tensors: Tensors) -> Tensors:
+    """The same values as constants."""
+    return {name: t.detach() for name, t in tensors.items()}

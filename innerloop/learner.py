@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import _pytree as pytree
 
 from innerloop import learning_rates, per_step
 from innerloop.inner_loop import InnerLoop, MetaParameters
@@ -18,8 +21,13 @@ from innerloop.meta_gradients import META_GRADIENTS, GradientMode, TaskGradient
 from innerloop.methods import Method, maml
 from innerloop.network import Loss, Network, Normalisation, evaluating
 from innerloop.per_step import Statistics
-from innerloop.tasks import Examples, Task, meta_batch_size, select_task
+from innerloop.tasks import Examples, Task, meta_batch_size, select_task, stacked
 from innerloop.update_rules import UPDATE_RULES, Tensors
+
+Parallel = Literal["auto", "loop", "vmap"]
+
+_SMALL_MODEL = 10_000
+"""Parameters under which, on a CPU, the overhead of each operation costs more than its arithmetic."""
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -44,13 +52,13 @@ class MetaBatchResult:
         loss: mean over tasks of sum_k w_k L_query(theta^k).
         support_losses: ``[T, K]``, the loss that inner step k descended.
         query_losses: ``[T, K]``, after each inner step; NaN where w_k = 0 and it was not computed.
-        query_outputs: one entry a task, the model's outputs on the query set after the last step.
+        query_outputs: the model's outputs on the query set after the last step, tensors ``[T, ...]``.
     """
 
     loss: Tensor
     support_losses: Tensor
     query_losses: Tensor
-    query_outputs: list[Any]
+    query_outputs: Any
 
 
 class MetaLearner:
@@ -71,6 +79,9 @@ class MetaLearner:
         mode: how second-order meta-gradients are computed: ``"mixed"`` (memory does not grow with the inner steps)
             or ``"reverse"`` (autograd through the unrolled loop). ``"first-order"`` makes every meta-gradient first
             order. ``"auto"`` is mixed.
+        parallel: ``"loop"`` works through the tasks one by one, with memory for one; ``"vmap"`` does all at once, in
+            mixed and first-order mode. ``"auto"`` is vmap on a GPU and for small models, where overhead is what costs,
+            and loop for others and for models that cannot be vmapped (``nn.LSTM``).
 
     Raises:
         ValueError: no trainable parameter matches the method's patterns, or the mode is unknown.
@@ -82,7 +93,10 @@ class MetaLearner:
         loss: Loss,
         method: Method | None = None,
         mode: Literal["auto"] | GradientMode = "auto",
+        parallel: Parallel = "auto",
     ) -> None:
+        if parallel not in get_args(Parallel):
+            raise ValueError(f"parallel must be one of {', '.join(get_args(Parallel))}; got {parallel!r}")
         if mode != "auto" and mode not in META_GRADIENTS:
             raise ValueError(f"mode must be one of auto, {', '.join(META_GRADIENTS)}; got {mode!r}")
         self.model = model
@@ -91,6 +105,10 @@ class MetaLearner:
         self.loop = InnerLoop(Network(model, loss), UPDATE_RULES[method.inner_rule], method.lslr)
         self.meta = _meta_parameters(model, method)
         self.statistics = _statistics(model, method)
+        self.parallel: Parallel = parallel
+        on_cpu = all(p.device.type == "cpu" for p in self.meta.adapted.values())
+        small = sum(p.numel() for p in model.parameters()) < _SMALL_MODEL
+        self._vmap = parallel == "vmap" or (parallel == "auto" and (small or not on_cpu))
 
     def parameters(self) -> Iterator[Tensor]:
         """All learned meta-parameters, for the outer optimiser."""
@@ -98,7 +116,7 @@ class MetaLearner:
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Learned meta-parameters as ``group/name``: ``adapted/..., shared/..., per_step/..., rates/...``."""
-        for group, tensors in self.meta.groups().items():
+        for group, tensors in self.meta._asdict().items():
             yield from ((f"{group}/{name}", t) for name, t in tensors.items() if t.requires_grad)
 
     def state_dict(self) -> Tensors:
@@ -134,7 +152,7 @@ class MetaLearner:
     def backward(self, tasks: Task, epoch: float | None = None) -> MetaBatchResult:
         """Add the meta-gradient of the mean task loss to ``.grad`` of every learned meta-parameter.
 
-        Tasks are worked through one after the other, so memory does not grow with their number. Running statistics
+        Looped over, tasks come one after the other and memory does not grow with their number. Running statistics
         become the mean over tasks of what each task left behind.
 
         Args:
@@ -151,30 +169,56 @@ class MetaLearner:
             raise ValueError("this method has MSL or DA, whose schedules need the epoch: backward(tasks, epoch)")
         weights = self.method.loss_weights(epoch or 0)
         second_order = self.method.derivative_order(epoch or 0) == 2
-        meta_gradient = META_GRADIENTS[self.mode if second_order else "first-order"]
+        mode = self.mode if second_order else "first-order"
 
-        results: list[TaskGradient] = []
-        total = self.meta.zeros()
-        for i in range(size):
-            result = meta_gradient(self.loop, self.meta, self.statistics, select_task(tasks, i), weights)
-            for group, tensors in total.groups().items():
-                for name, t in tensors.items():
-                    t += result.gradient.groups()[group][name] / size
-            results.append(result)
+        total, results = self._vmapped(mode, tasks, size, weights) or self._looped(mode, tasks, size, weights)
         outcome = MetaBatchResult(
-            torch.stack([r.loss for r in results]).mean(),
-            torch.stack([r.support_losses for r in results]),
-            torch.stack([r.query_losses for r in results]),
-            [r.query_outputs for r in results],
+            results.loss.mean(), results.support_losses, results.query_losses, results.query_outputs
         )
         _check_finite(outcome, weights)
-        for group, tensors in self.meta.groups().items():
-            for name, t in tensors.items():
-                if t.requires_grad:
-                    g = total.groups()[group][name]
-                    t.grad = g if t.grad is None else t.grad + g
-        self.statistics.assign_mean([r.statistics for r in results])
+        for parameters, gradients in zip(self.meta, total, strict=True):
+            for name, gradient in gradients.items():
+                gradient, parameter = gradient / size, parameters[name]
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self.statistics.assign_mean(results.statistics)
         return outcome
+
+    def _looped(
+        self, mode: GradientMode, tasks: Task, size: int, weights: list[float]
+    ) -> tuple[MetaParameters, TaskGradient]:
+        """Sum of the tasks' gradients, and all else stacked, one task after the other."""
+        total: MetaParameters | None = None
+        rest: list[TaskGradient] = []
+        for i in range(size):
+            result = META_GRADIENTS[mode](self.loop, self.meta, self.statistics, select_task(tasks, i), weights)
+            total = result.gradient if total is None else pytree.tree_map(torch.add, total, result.gradient)
+            rest.append(result._replace(gradient=MetaParameters({}, {}, {}, {})))
+        assert total is not None
+        return total, stacked(rest)
+
+    def _vmapped(
+        self, mode: GradientMode, tasks: Task, size: int, weights: list[float]
+    ) -> tuple[MetaParameters, TaskGradient] | None:
+        """The same with all tasks at once; None where tasks are to be looped over."""
+        if not self._vmap or mode == "reverse":
+            return None
+        loop = replace(self.loop, functional=True)
+
+        def task_gradient(statistics: Statistics, task: Task) -> TaskGradient:
+            return META_GRADIENTS[mode](loop, self.meta, statistics, task, weights)
+
+        try:
+            results = vmap(task_gradient, randomness="different")(self.statistics.expanded(size), tasks)
+        except (RuntimeError, NotImplementedError) as error:
+            if self.parallel == "vmap":
+                raise
+            warnings.warn(
+                f"{type(self.model).__name__} cannot be vmapped, so tasks are worked through one by one. ({error})",
+                stacklevel=3,
+            )
+            self._vmap = False
+            return None
+        return pytree.tree_map(lambda t: t.sum(0), results.gradient), results
 
     def trajectory(self, support: Examples | tuple[Any, Any], steps: int | None = None) -> Iterator[Tensors]:
         """theta^0 .. theta^steps on a support set, in evaluation mode; ``predict`` calls the model with one of them.
@@ -183,7 +227,7 @@ class MetaLearner:
         those of training; more go on with the last step's rates, norm weights and statistics.
         """
         steps = self.method.inner_steps if steps is None else steps
-        walk = self.loop.trajectory(self.meta, self.statistics.copy(), Examples(*support), steps)
+        walk = self.loop.trajectory(self.meta, self.statistics, Examples(*support), steps)
         while True:
             # The model's mode is set for one step at a time: the caller may use the model in between.
             with evaluating(self.model, "batch"):
@@ -222,9 +266,7 @@ class MetaLearner:
                 evaluation mode; ``"running"``: the meta-trained running statistics.
         """
         steps = self.method.inner_steps if steps is None else steps
-        theta: Tensors = {}
-        for theta in self.trajectory(support, steps):
-            pass
+        *_, theta = self.trajectory(support, steps)
         adapted = copy.deepcopy(self.model)
         last = max(steps - 1, 0)
         tensors = {**theta, **self.meta.fixed_at_step(last), **self.statistics.at_step(last)}

@@ -20,15 +20,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jvp
+from torch.func import grad, jvp, vjp
 from torch.utils import _pytree as pytree
 
-from innerloop.inner_loop import InnerLoop, MetaParameters, State
+from innerloop.inner_loop import InnerLoop, MetaParameters, State, detached
 from innerloop.network import random_state, replayed_randomness, set_random_state
 from innerloop.per_step import Statistics
 from innerloop.tasks import Examples, Task
@@ -37,13 +37,12 @@ from innerloop.update_rules import Tensors
 GradientMode = Literal["reverse", "mixed", "first-order"]
 
 
-@dataclass(frozen=True)
-class TaskGradient:
+class TaskGradient(NamedTuple):
     """One task's share of a meta-gradient.
 
     Attributes:
         loss: sum_k w_k L_query(theta^k).
-        gradient: its gradient by every meta-parameter (zeros for those that are not learned).
+        gradient: its gradient by every meta-parameter (by the rates only where they are learned).
         support_losses: ``[K]``, the loss that step k descended.
         query_losses: ``[K]``, after each step; NaN where w_k is 0 and it was not computed.
         query_outputs: the model's outputs on the query set after the last step.
@@ -62,29 +61,31 @@ def reverse(
     loop: InnerLoop, meta: MetaParameters, statistics: Statistics, task: Task, weights: list[float]
 ) -> TaskGradient:
     """Exact meta-gradient by autograd through the unrolled inner loop."""
-    meta = meta.leaves()
-    statistics = statistics.copy()
+    meta = MetaParameters(
+        *({n: t.detach().requires_grad_(t.requires_grad) for n, t in group.items()} for group in meta)
+    )
     theta, state = meta.adapted, loop.rule.initial_state(meta.adapted)
-    total: Tensor | float = 0.0
-    record = _Record(len(weights))
+    total: Tensor = next(iter(theta.values())).new_zeros(())
+    record = _Record()
     for k, weight in enumerate(weights):
-        fixed = meta.fixed_at_step(k)
-        support = loop.gradient(theta, fixed, statistics, k, task.support, create_graph=True)
-        theta, state = loop.update(theta, state, support.theta, meta.rates, k)
-        record.support(k, support.loss)
+        psi = meta.fixed_at_step(k)
+        loss, _, buffers = loop.network.loss({**theta, **psi}, statistics.at_step(k), task.support)
+        statistics = statistics.updated(k, buffers)
+        g = torch.autograd.grad(loss, list(theta.values()), create_graph=True, materialize_grads=True)
+        theta, state = loop.update(theta, state, dict(zip(theta, g, strict=True)), meta.rates, k)
+        record.support_losses.append(loss)
         if weight:
-            loss, outputs, buffers = loop.network.loss({**theta, **fixed}, statistics.at_step(k), task.query)
-            statistics.update(k, buffers)
+            loss, record.outputs, buffers = loop.network.loss({**theta, **psi}, statistics.at_step(k), task.query)
+            statistics = statistics.updated(k, buffers)
             total = total + weight * loss
-            record.query(k, weight, loss, outputs)
-    learned = [t for group in meta.groups().values() for t in group.values() if t.requires_grad]
-    assert isinstance(total, Tensor)
-    gradients = iter(torch.autograd.grad(total, learned, materialize_grads=True))
-    by_group = {
-        group: {n: next(gradients) if t.requires_grad else torch.zeros_like(t) for n, t in tensors.items()}
-        for group, tensors in meta.groups().items()
-    }
-    return record.result(MetaParameters(**by_group), statistics)
+        record.query_losses.append(loss if weight else None)
+    learned = {(i, n): t for i, group in enumerate(meta) for n, t in group.items() if t.requires_grad}
+    values = torch.autograd.grad(total, list(learned.values()), materialize_grads=True)
+    gradients = dict(zip(learned, values, strict=True))
+    gradient = MetaParameters(
+        *({n: gradients[i, n] for n in group if (i, n) in gradients} for i, group in enumerate(meta))
+    )
+    return record.result(total, gradient, statistics)
 
 
 def mixed(
@@ -102,19 +103,24 @@ def first_order(
 
 
 MetaGradient = Callable[[InnerLoop, MetaParameters, Statistics, Task, list[float]], TaskGradient]
-META_GRADIENTS: dict[GradientMode, MetaGradient] = {"reverse": reverse, "mixed": mixed, "first-order": first_order}
+META_GRADIENTS: dict[GradientMode, MetaGradient] = {
+    "reverse": reverse,
+    "mixed": mixed,
+    "first-order": first_order,
+}
 
 
 @dataclass
 class _Step:
-    """What the walk back needs of inner step k."""
+    """What the walk back needs of inner step k; its gradients by theta^{k+1} and psi_k come from the query loss."""
 
     theta: Tensors
     state: State
     g: Tensors
     buffers: Tensors
     randomness: list[Tensor]
-    query_gradient: Tensors | None
+    query_theta: Tensors
+    query_psi: Tensors
 
 
 def _adjoint_walk(
@@ -126,74 +132,61 @@ def _adjoint_walk(
     *,
     second_order: bool,
 ) -> TaskGradient:
-    gradient = meta.zeros()
-    statistics = statistics.copy()
-    theta: Tensors = {n: t.detach() for n, t in meta.adapted.items()}
+    theta = detached(meta.adapted)
     state = loop.rule.initial_state(theta)
-    record = _Record(len(weights))
+    rates = detached(meta.rates)
     device = _device(theta)
+    total = next(iter(theta.values())).new_zeros(())
+    record = _Record()
 
     steps: list[_Step] = []
     for k, weight in enumerate(weights):
-        fixed = meta.fixed_at_step(k)
-        step = _Step(theta, state, {}, statistics.at_step(k), random_state(device), None)
-        support = loop.gradient(theta, fixed, statistics, k, task.support)
-        step.g = support.theta
-        with torch.no_grad():
-            theta, state = loop.update(theta, state, support.theta, meta.rates, k)
-        record.support(k, support.loss)
+        psi = meta.fixed_at_step(k)
+        buffers, randomness = statistics.at_step(k), random_state(device)
+        support = loop.gradient(theta, psi, statistics, k, task.support)
+        statistics = support.statistics
+        step = _Step(theta, state, support.theta, buffers, randomness, {}, {})
+        theta, state = loop.update(theta, state, support.theta, rates, k)
+        record.support_losses.append(support.loss)
         if weight:
-            query = loop.gradient(theta, fixed, statistics, k, task.query, with_fixed=True)
-            step.query_gradient = {n: weight * g for n, g in query.theta.items()}
-            _add_fixed(gradient, k, query.fixed, weight)
-            record.query(k, weight, query.loss, query.outputs)
+            query = loop.gradient(theta, psi, statistics, k, task.query, with_fixed=True)
+            statistics, record.outputs = query.statistics, query.outputs
+            step.query_theta, step.query_psi = _scaled(query.theta, weight), _scaled(query.fixed, weight)
+            total = total + weight * query.loss
+        record.query_losses.append(query.loss if weight else None)
         steps.append(step)
 
-    adjoint = {n: torch.zeros_like(t) for n, t in theta.items()}
-    adjoint_state = {n: tuple(torch.zeros_like(s) for s in slots) for n, slots in state.items()}
+    adjoint: Tensors = {n: torch.zeros_like(t) for n, t in theta.items()}
+    adjoint_state: State = {n: tuple(torch.zeros_like(s) for s in slots) for n, slots in state.items()}
+    rate_gradient: Tensors = {}
+    psi_gradients: list[Tensors] = []
     for k in reversed(range(len(steps))):
         step = steps.pop()
-        if step.query_gradient is not None:
-            adjoint = {n: adjoint[n] + g for n, g in step.query_gradient.items()}
-        adjoint, adjoint_state, u, rates = _update_vjp(loop, meta, step, k, adjoint, adjoint_state)
-        for name, rate in rates.items():
-            gradient.rates[name] += rate
+        adjoint = _sum(adjoint, step.query_theta)
+
+        def update(theta: Tensors, state: State, g: Tensors, rates: Tensors, k: int = k) -> tuple[Tensors, State]:
+            return loop.update(theta, state, g, rates, k)
+
+        # u, the adjoint of g_k, is -alpha_k * lambda_{k+1} under SGD.
+        pull_back = vjp(update, step.theta, step.state, step.g, rates)[1]
+        adjoint, adjoint_state, u, rate_k = pull_back((adjoint, adjoint_state))
+        rate_gradient = _sum(rate_gradient, {n: r for n, r in rate_k.items() if meta.rates[n].requires_grad})
+        psi_gradient = step.query_psi
         if second_order:
             with replayed_randomness(step.randomness, device):
-                hvp, fixed_product = _hessian_vector_product(loop, step, meta.fixed_at_step(k), task.support, u)
-            adjoint = {n: adjoint[n] + h for n, h in hvp.items()}
-            _add_fixed(gradient, k, fixed_product, 1.0)
-    gradient.adapted = adjoint
-    return record.result(gradient, statistics)
+                hvp, psi_product = _hessian_vector_product(loop, step, meta.fixed_at_step(k), task.support, u)
+            adjoint, psi_gradient = _sum(adjoint, hvp), _sum(psi_gradient, psi_product)
+        psi_gradients.append(psi_gradient)
+    psi_gradients.reverse()
 
-
-def _update_vjp(
-    loop: InnerLoop, meta: MetaParameters, step: _Step, k: int, adjoint: Tensors, adjoint_state: State
-) -> tuple[Tensors, State, Tensors, Tensors]:
-    """Pull the adjoints of (theta^{k+1}, state^{k+1}) back through the update rule U_k.
-
-    Returns the adjoints of theta^k and state^k, u (that of g_k: -alpha_k * lambda_{k+1} under SGD) and the rates'
-    gradients.
-    """
-    theta, state, u, rates = {}, {}, {}, {}
-    for name in adjoint:
-        learned = meta.rates[name].requires_grad
-        theta_k, g_k = step.theta[name].detach().requires_grad_(), step.g[name].detach().requires_grad_()
-        slots = tuple(s.detach().requires_grad_() for s in step.state[name])
-        rate = meta.rates[name].detach().requires_grad_(learned)
-        with torch.enable_grad():
-            moved, states = loop.update({name: theta_k}, {name: slots}, {name: g_k}, {name: rate}, k)
-        sources = [theta_k, g_k, *slots, *([rate] if learned else [])]
-        pulled = torch.autograd.grad(
-            [moved[name], *states[name]],
-            sources,
-            [adjoint[name], *adjoint_state[name]],
-            materialize_grads=True,
-        )
-        theta[name], u[name], state[name] = pulled[0], pulled[1], tuple(pulled[2 : 2 + len(slots)])
-        if learned:
-            rates[name] = pulled[-1]
-    return theta, state, u, rates
+    shared: Tensors = {}
+    for psi_gradient in psi_gradients:
+        shared = _sum(shared, {n: g for n, g in psi_gradient.items() if n in meta.shared})
+    stacks = {
+        n: torch.stack([g[n] if n in g else torch.zeros_like(stack[0]) for g in psi_gradients])
+        for n, stack in meta.per_step.items()
+    }
+    return record.result(total, MetaParameters(adjoint, shared, stacks, rate_gradient), statistics)
 
 
 def _hessian_vector_product(
@@ -204,15 +197,16 @@ def _hessian_vector_product(
     Since second derivatives commute, the tangent of the psi-gradient is the psi-gradient of <g_k, u>.
     """
 
-    def support_loss(theta: Tensors, fixed: Tensors) -> Tensor:
-        return loop.network.loss({**theta, **fixed}, step.buffers, support)[0]
+    def support_loss(theta: Tensors, fixed: Tensors, targets: Any) -> Tensor:
+        return loop.network.loss({**theta, **fixed}, step.buffers, Examples(support.inputs, targets))[0]
 
-    fixed = {n: t.detach() for n, t in fixed.items()}
+    fixed = detached(fixed)
     model = loop.network.model
+    if loop.functional:
+        return _forward_over_reverse(support_loss, step.theta, fixed, support.targets, u)
     if model not in _WITHOUT_FORWARD_MODE:
-        randomness = random_state(_device(step.theta))
         try:
-            return _forward_over_reverse(support_loss, step.theta, fixed, u)
+            return _forward_over_reverse(support_loss, step.theta, fixed, support.targets, u)
         except (RuntimeError, NotImplementedError) as error:
             warnings.warn(
                 f"{type(model).__name__} has an operation without forward-mode derivatives, so mixed mode "
@@ -220,34 +214,43 @@ def _hessian_vector_product(
                 stacklevel=2,
             )
             _WITHOUT_FORWARD_MODE.add(model)
-            set_random_state(randomness, _device(step.theta))
-    return _reverse_over_reverse(support_loss, step.theta, fixed, u)
+            set_random_state(step.randomness, _device(step.theta))
+    return _reverse_over_reverse(support_loss, step.theta, fixed, support.targets, u)
 
 
 _WITHOUT_FORWARD_MODE: WeakSet[nn.Module] = WeakSet()
-SupportLoss = Callable[[Tensors, Tensors], Tensor]
+SupportLoss = Callable[[Tensors, Tensors, Any], Tensor]
 
 
 def _forward_over_reverse(
-    support_loss: SupportLoss, theta: Tensors, fixed: Tensors, u: Tensors
+    support_loss: SupportLoss, theta: Tensors, fixed: Tensors, targets: Any, u: Tensors
 ) -> tuple[Tensors, Tensors]:
-    def gradients(theta: Tensors) -> tuple[Tensors, Tensors]:
-        both: tuple[Tensors, Tensors] = grad(support_loss, argnums=(0, 1))(theta, fixed)
+    leaves, structure = pytree.tree_flatten(targets)
+    real = {i: t for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point()}
+
+    def gradients(theta: Tensors, real: dict[int, Tensor]) -> tuple[Tensors, Tensors]:
+        targets = pytree.tree_unflatten([real.get(i, t) for i, t in enumerate(leaves)], structure)
+        both: tuple[Tensors, Tensors] = grad(support_loss, argnums=(0, 1))(theta, fixed, targets)
         return both
 
-    products: tuple[Tensors, Tensors] = jvp(gradients, (theta,), (u,))[1]
+    # Real-valued targets get a tangent of zeros: F.mse_loss fails on the symbolic zero that constants have.
+    zeros = {i: torch.zeros_like(t) for i, t in real.items()}
+    products: tuple[Tensors, Tensors] = jvp(gradients, (theta, real), (u, zeros))[1]
     return products
 
 
 def _reverse_over_reverse(
-    support_loss: SupportLoss, theta: Tensors, fixed: Tensors, u: Tensors
+    support_loss: SupportLoss, theta: Tensors, fixed: Tensors, targets: Any, u: Tensors
 ) -> tuple[Tensors, Tensors]:
     theta = {n: t.detach().requires_grad_() for n, t in theta.items()}
     fixed = {n: t.detach().requires_grad_() for n, t in fixed.items()}
     sources = [*theta.values(), *fixed.values()]
     with torch.enable_grad():
         g = torch.autograd.grad(
-            support_loss(theta, fixed), list(theta.values()), create_graph=True, materialize_grads=True
+            support_loss(theta, fixed, targets),
+            list(theta.values()),
+            create_graph=True,
+            materialize_grads=True,
         )
         along = torch.stack([(a * b).sum() for a, b in zip(g, u.values(), strict=True)]).sum()
         products = (
@@ -263,39 +266,31 @@ def _device(tensors: Tensors) -> torch.device:
     return next(iter(tensors.values())).device
 
 
-def _add_fixed(gradient: MetaParameters, k: int, fixed: Tensors, weight: float) -> None:
-    """Add a gradient by psi_k to those of the shared parameters and of entry k of the per-step stacks."""
-    for name, g in fixed.items():
-        if name in gradient.per_step:
-            gradient.per_step[name][k] += weight * g
-        else:
-            gradient.shared[name] += weight * g
+def _sum(a: Tensors, b: Tensors) -> Tensors:
+    """Sums by name; a name that only one has keeps its value."""
+    return {**b, **{n: t + b[n] if n in b else t for n, t in a.items()}}
+
+
+def _scaled(tensors: Tensors, weight: float) -> Tensors:
+    return {n: weight * t for n, t in tensors.items()}
 
 
 class _Record:
-    """Losses and outputs as the walk meets them."""
+    """Losses and outputs as an inner loop meets them."""
 
-    def __init__(self, steps: int) -> None:
-        self.support_losses: list[Tensor | None] = [None] * steps
-        self.query_losses: list[Tensor | None] = [None] * steps
+    def __init__(self) -> None:
+        self.support_losses: list[Tensor] = []
+        self.query_losses: list[Tensor | None] = []
         self.outputs: Any = None
-        self.loss: Tensor | float = 0.0
 
-    def support(self, k: int, loss: Tensor) -> None:
-        self.support_losses[k] = loss.detach()
-
-    def query(self, k: int, weight: float, loss: Tensor, outputs: Any) -> None:
-        self.query_losses[k] = loss.detach()
-        self.outputs = pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, outputs)
-        self.loss = self.loss + weight * loss.detach()
-
-    def result(self, gradient: MetaParameters, statistics: Statistics) -> TaskGradient:
-        assert isinstance(self.loss, Tensor)
-        missing = torch.full_like(self.loss, torch.nan)
-
-        def stacked(losses: list[Tensor | None]) -> Tensor:
-            return torch.stack([missing if loss is None else loss for loss in losses])
-
+    def result(self, total: Tensor, gradient: MetaParameters, statistics: Statistics) -> TaskGradient:
+        missing = torch.full_like(total, torch.nan)
+        query_losses = [missing if loss is None else loss for loss in self.query_losses]
         return TaskGradient(
-            self.loss, gradient, stacked(self.support_losses), stacked(self.query_losses), self.outputs, statistics
+            total.detach(),
+            gradient,
+            torch.stack(self.support_losses).detach(),
+            torch.stack(query_losses).detach(),
+            pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, self.outputs),
+            statistics,
         )

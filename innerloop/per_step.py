@@ -7,8 +7,8 @@ per-step batch normalisation (MAML++, section 4).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,18 @@ def norm_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def norm_parameter_names(model: nn.Module) -> set[str]:
     """Names of the weights and biases (gamma, beta) of the normalisation layers."""
-    return {f"{layer}.{name}".lstrip(".") for layer, m in norm_layers(model) for name, _ in m.named_parameters(recurse=False)}
+    return {
+        f"{layer}.{name}".lstrip(".")
+        for layer, m in norm_layers(model)
+        for name, _ in m.named_parameters(recurse=False)
+    }
 
 
 def norm_buffer_names(model: nn.Module) -> set[str]:
     """Names of the running statistics of the normalisation layers."""
-    return {f"{layer}.{name}".lstrip(".") for layer, m in norm_layers(model) for name, _ in m.named_buffers(recurse=False)}
+    return {
+        f"{layer}.{name}".lstrip(".") for layer, m in norm_layers(model) for name, _ in m.named_buffers(recurse=False)
+    }
 
 
 def stack(tensors: Mapping[str, Tensor], inner_steps: int) -> dict[str, Tensor]:
@@ -43,9 +49,8 @@ def at_step(stacks: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
     return {name: s[min(k, len(s) - 1)] for name, s in stacks.items()}
 
 
-@dataclass
-class Statistics:
-    """The model's buffers as one task's inner loop sees and changes them.
+class Statistics(NamedTuple):
+    """The model's buffers as one task's inner loop sees them. Calls give new ones; nothing is changed in place.
 
     Attributes:
         shared: buffers with one value for all inner steps (every buffer, without BNRS).
@@ -55,35 +60,30 @@ class Statistics:
     shared: dict[str, Tensor]
     per_step: dict[str, Tensor]
 
-    def copy(self) -> Statistics:
-        """The same values in memory of their own."""
-        return Statistics(
-            {name: t.clone() for name, t in self.shared.items()},
-            {name: t.clone() for name, t in self.per_step.items()},
-        )
-
     def at_step(self, k: int) -> dict[str, Tensor]:
         """The buffers to call the model with at inner step k."""
         return {**self.shared, **at_step(self.per_step, k)}
 
-    def update(self, k: int, buffers: Mapping[str, Tensor]) -> None:
-        """Take over the buffers that a call at inner step k left behind."""
-        for name, value in buffers.items():
-            if name in self.per_step:
-                stacked = self.per_step[name]
-                stacked[min(k, len(stacked) - 1)] = value
-            else:
-                self.shared[name] = value
+    def updated(self, k: int, buffers: Mapping[str, Tensor]) -> Statistics:
+        """These statistics with the buffers that a call at inner step k left behind."""
+        return Statistics(
+            {name: buffers[name] for name in self.shared},
+            {
+                name: torch.select_scatter(stacked, buffers[name], 0, min(k, len(stacked) - 1))
+                for name, stacked in self.per_step.items()
+            },
+        )
 
-    def assign_mean(self, tasks: Sequence[Statistics]) -> None:
-        """Take over, in place, what the tasks of a meta-batch left behind: the mean of their copies.
+    def expanded(self, tasks: int) -> Statistics:
+        """A copy for each task of a meta-batch, along a new first dimension."""
+        return Statistics(*({n: t.expand(tasks, *t.shape).clone() for n, t in group.items()} for group in self))
+
+    def assign_mean(self, tasks: Statistics) -> None:
+        """Take over, in place, what the tasks of a meta-batch left behind (``[T, ...]``): the mean of their copies.
 
         Counters (integer buffers such as ``num_batches_tracked``) are the same in every task; the largest is taken.
         """
-        for own, copies in (
-            (self.shared, [t.shared for t in tasks]),
-            (self.per_step, [t.per_step for t in tasks]),
-        ):
+        for own, copies in zip(self, tasks, strict=True):
             for name, value in own.items():
-                values = torch.stack([c[name] for c in copies])
-                value.copy_(values.mean(0) if values.is_floating_point() else values.amax(0))
+                left = copies[name]
+                value.copy_(left.mean(0) if value.is_floating_point() else left.amax(0))

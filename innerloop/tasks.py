@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
+
+Tree = TypeVar("Tree")
 
 
 class Examples(NamedTuple):
@@ -54,7 +56,12 @@ def stack_tasks(tasks: Sequence[Task]) -> Task:
     """A meta-batch from single tasks of equal shapes."""
     if not tasks:
         raise ValueError("stack_tasks needs at least one task; got an empty sequence")
-    stacked: Task = pytree.tree_map(
-        lambda *leaves: torch.stack(leaves) if isinstance(leaves[0], torch.Tensor) else leaves[0], *tasks
+    return stacked(tasks)
+
+
+def stacked(trees: Sequence[Tree]) -> Tree:
+    """Nests of equal structure as one whose tensors have a new first dimension; other leaves are the first nest's."""
+    tree: Tree = pytree.tree_map(
+        lambda *leaves: torch.stack(leaves) if isinstance(leaves[0], torch.Tensor) else leaves[0], *trees
     )
-    return stacked
+    return tree

@@ -16,7 +16,7 @@ from innerloop.cli.tables import print_test
 from innerloop.training.building import build_device, build_learner, build_tasks
 from innerloop.training.checkpoints import write_json
 from innerloop.training.config import ConfigError, Count, Positive
-from innerloop.training.evaluation import test
+from innerloop.training.evaluation import test_checkpoints
 from innerloop.training.progress import Progress
 from innerloop.training.run_folder import RunFolder
 from innerloop.training.trainer import best_checkpoints, best_epochs, environment
@@ -68,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
     learner = build_learner(config, device)
     steps = chosen.steps or config.test_steps
     with progress.task(f"{chosen.split} tasks", chosen.tasks * len(epochs)) as bar:
-        result = test(
+        result = test_checkpoints(
             learner,
             best_checkpoints(folder, epochs),
             source,
@@ -78,18 +78,19 @@ def run(arguments: Sequence[str]) -> int:
             regression=config.regression,
             tick=bar.advance,
         )
+    scores = result.to_json()
     record = {
         "version": 1,
         "preset": preset,
         "split": chosen.split,
         "steps": steps,
         "epochs": epochs,
-        "test": result.to_json(),
+        "test": scores,
         "environment": environment(device),
     }
     write_json(chosen.run / "evaluation.json", record)
     if chosen.json:
         print(json.dumps(record))
     else:
-        print_test(record["test"], config.regression, f"{chosen.split}, {chosen.tasks} tasks, {steps} inner steps")
+        print_test(scores, config.regression, f"{chosen.split}, {chosen.tasks} tasks, {steps} inner steps")
     return 0

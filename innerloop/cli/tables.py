@@ -24,7 +24,7 @@ def print_test(result: Mapping[str, Any], regression: bool, title: str) -> None:
             table.add_row("none" if regression else label, *row)
     console.print(table)
     steps = "  ".join(f"{k}: {_figure(s, interval=False)}" for k, s in enumerate(result["per_step"]))
-    console.print(f"after each inner step (best checkpoint):  {steps}", highlight=False)
+    console.print(f"after each inner step (best checkpoint):  {steps}", highlight=False, soft_wrap=True)
 
 
 def _figure(score: Mapping[str, Any], interval: bool = True) -> str:

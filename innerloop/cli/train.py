@@ -114,7 +114,7 @@ def _parse(arguments: list[str], preset: str, method: str, config: Config) -> Tr
         args=arguments,
         default=default,
         prog=f"innerloop train {preset}",
-        description=f"Meta-train. The defaults shown are those of preset {preset} with method {method}. Presets:\n\n{presets}",
+        description=f"Meta-train. Defaults are those of preset {preset} with method {method}. Presets:\n\n{presets}",
     )
 
 
@@ -129,7 +129,9 @@ def _resumable(run: Path, stored: Config, asked: Config) -> Config:
         if old != new and name not in _MAY_CHANGE
     ]
     if differences:
-        raise ConfigError(f"{run} cannot go on with other settings: {'; '.join(differences)}. Start another run instead")
+        raise ConfigError(
+            f"{run} cannot go on with other settings: {'; '.join(differences)}. Start another run instead"
+        )
     return asked
 
 

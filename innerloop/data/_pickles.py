@@ -32,9 +32,7 @@ def read_pickle(path: Path) -> Any:
             ) from error
         except Exception as error:
             # A truncated or altered pickle can raise nearly anything from inside the unpickler.
-            raise ValueError(
-                f"{str(path)!r} is not a whole pickle file of plain values and arrays: {error}"
-            ) from error
+            raise ValueError(f"{str(path)!r} is not a whole pickle file of plain values and arrays: {error}") from error
 
 
 class _ForbiddenError(Exception):
@@ -45,9 +43,9 @@ class _PickledDtype:
     """Stands in for ``numpy.dtype``: bool, int or unsigned int of at most 8 bytes, nothing else."""
 
     def __init__(self, code: Any, align: Any = False, copy: Any = False) -> None:
-        if not isinstance(code, str) or code not in {
-            f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)
-        } | {"b1"}:
+        if not isinstance(code, str) or code not in {f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)} | {
+            "b1"
+        }:
             raise _ForbiddenError(f"it holds an array of dtype {code!r}")
         self.dtype = np.dtype(code)
 

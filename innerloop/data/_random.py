@@ -20,9 +20,7 @@ def check_whole(name: str, value: int, at_least: int, below: int = 2**63) -> Non
     """Raise ``ValueError`` unless ``value`` is an int (not a bool) in ``[at_least, below)``."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not at_least <= value < below:
         limit = "2**63" if below == 2**63 else str(below)
-        raise ValueError(
-            f"{name} must be a whole number, at least {at_least} and below {limit}; got {value!r}"
-        )
+        raise ValueError(f"{name} must be a whole number, at least {at_least} and below {limit}; got {value!r}")
 
 
 @lru_cache(maxsize=64)

@@ -8,15 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 import httpx
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
+
+from innerloop.data._progress import progress_bar
 
 
 class DownloadError(OSError):
@@ -59,7 +54,6 @@ def download(
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    columns = DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     tries = Retrying(
         stop=stop_after_attempt(attempts),
         wait=wait_exponential(multiplier=backoff, max=60),
@@ -67,10 +61,15 @@ def download(
         reraise=True,
     )
     try:
-        with Progress(TextColumn("{task.description}"), BarColumn(), *columns, disable=not progress) as bar:
+        with progress_bar(DownloadColumn(), TransferSpeedColumn(), show=progress) as bar:
             for attempt in tries:
                 with attempt:
                     _fetch(url, part, timeout, bar)
+    except httpx.HTTPStatusError as error:
+        raise DownloadError(
+            f"cannot download {url}: the server answered {error.response.status_code} "
+            f"{error.response.reason_phrase}. Try later, or get the file by other means and put it at {path}"
+        ) from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise DownloadError(
             f"cannot download {url}: {str(error) or type(error).__name__}. Check the connection and run "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -83,9 +83,7 @@ class Episodes:
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type such as torch.float32; got {dtype}")
         if not dataset or not set(dataset) <= set(SPLITS):
-            raise ValueError(
-                f"dataset must map some of {list(SPLITS)} to ClassImages; got the keys {list(dataset)}"
-            )
+            raise ValueError(f"dataset must map some of {list(SPLITS)} to ClassImages; got the keys {list(dataset)}")
         for split, classes in dataset.items():
             _check_split(split, classes, ways, shots, queries)
         shapes = {split: tuple(classes.images.shape[1:]) for split, classes in dataset.items()}
@@ -120,13 +118,21 @@ class Episodes:
 
         Raises ``ValueError`` for a split that the dataset lacks, a negative ``start`` or a ``size`` below 1.
         """
+        return self._tasks(split, start, size, self._normalised)
+
+    def images(self, split: Split, index: int) -> Task:
+        """Task ``index`` with its images as they are stored, uint8 and not normalised: for showing."""
+        return select_task(self._tasks(split, index, 1, lambda pixels: pixels), 0)
+
+    def _tasks(self, split: Split, start: int, size: int, convert: Callable[[Tensor], Tensor]) -> Task:
         if split not in self._images:
             raise ValueError(f"the dataset has no split {split!r}; it has {list(self._images)}")
         check_whole("task index", start, at_least=0)
         check_whole("meta-batch size", size, at_least=1)
         rows, turns = self._draw(split, start, size)
         n_support = size * self.ways * self.shots
-        inputs = self._gather(split, rows, turns if self.rotations and split == "train" else None)
+        turned = self.rotations and split == "train"
+        inputs = convert(self._gather(split, rows, turns if turned else None))
         shape = self.input_shape
         support = inputs[:n_support].view(size, self.ways * self.shots, *shape)
         query = inputs[n_support:].view(size, self.ways * self.queries, *shape)
@@ -155,12 +161,16 @@ class Episodes:
         return _support_then_query(rows, self.shots), _support_then_query(turns, self.shots)
 
     def _gather(self, split: Split, rows: NDArray[np.int64], turns: NDArray[np.int64] | None) -> Tensor:
-        """Inputs ``[n, C, H, W]`` of the given image rows, each turned by its number of quarter turns."""
+        """Images ``uint8 [n, C, H, W]`` of the given rows, each turned by its number of quarter turns."""
         pixels = self._images[split][torch.from_numpy(rows).to(self.device)]
         if turns is not None and self._rotated_pixels is not None:
             order = self._rotated_pixels[torch.from_numpy(turns).to(self.device)]
             flat = pixels.flatten(2)
             pixels = flat.gather(2, order[:, None].expand_as(flat)).view_as(pixels)
+        return pixels
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """``(value - mean) / std`` of pixel values in [0, 1]."""
         # Products with rounded constants, not quotients: CUDA may turn a division by a constant into a
         # product, and the same task must have the same bits on every device.
         inputs = pixels.to(self.dtype).mul_(1 / 255)
@@ -176,13 +186,9 @@ class Episodes:
             return None
         tensor = torch.as_tensor(values, dtype=torch.float64).flatten()
         if len(tensor) not in (1, channels):
-            raise ValueError(
-                f"{name} must be one number, or one for each of {channels} channels; got {values!r}"
-            )
+            raise ValueError(f"{name} must be one number, or one for each of {channels} channels; got {values!r}")
         if not torch.isfinite(tensor).all() or (name == "std" and not (tensor > 0).all()):
-            raise ValueError(
-                f"{name} must be finite{' and positive' if name == 'std' else ''}; got {values!r}"
-            )
+            raise ValueError(f"{name} must be finite{' and positive' if name == 'std' else ''}; got {values!r}")
         tensor = 1 / tensor if name == "std" else tensor
         return tensor.to(self.device, self.dtype).view(-1, 1, 1)
 

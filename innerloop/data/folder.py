@@ -87,7 +87,8 @@ def _given_splits(root: Path) -> dict[Split, dict[str, list[ImageSource]]] | Non
     if missing:
         raise ValueError(
             f"{str(root)!r} has class folders in {present} but none in {missing}; give each of "
-            f"{list(SPLITS)} its class folders, or put all class folders directly into the folder to have them split for you"
+            f"{list(SPLITS)} its class folders, or put all class folders directly into the "
+            "folder to have them split for you"
         )
     splits = {split: class_folders(root / split) for split in SPLITS}
     for one, other in combinations(SPLITS, 2):
@@ -105,9 +106,7 @@ def _split_by_chance(
     classes: dict[str, list[ImageSource]], ratios: tuple[float, float, float], seed: int
 ) -> dict[Split, dict[str, list[ImageSource]]]:
     if len(ratios) != 3 or not all(ratio > 0 for ratio in ratios) or abs(sum(ratios) - 1) > 1e-6:
-        raise ValueError(
-            f"ratios must be three positive numbers (train, val, test) that sum to 1; got {ratios}"
-        )
+        raise ValueError(f"ratios must be three positive numbers (train, val, test) that sum to 1; got {ratios}")
     names = list(classes)
     n_train = round(ratios[0] * len(names))
     n_val = round((ratios[0] + ratios[1]) * len(names)) - n_train

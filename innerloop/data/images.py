@@ -14,14 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from innerloop.data._progress import progress_bar
 from innerloop.data.cache import Cache, fingerprint, load_cached, store_cached
 from innerloop.data.classes import ClassImages
 
-IMAGE_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pbm", ".pgm", ".ppm"}
-)
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pbm", ".pgm", ".ppm"})
 # Part of every cache key: raise it whenever the same file would come out as different pixels.
 PREPROCESSING_VERSION = 1
 _AT_ONCE = 64  # images a job of the thread pool; one at a time would cost more in hand-over than in decoding
@@ -102,9 +100,7 @@ def class_folders(root: Path) -> dict[str, list[ImageSource]]:
 
     Raises ``ValueError`` if there is no class folder, or one without images.
     """
-    classes = {
-        folder.name: [ImageSource.of_file(p) for p in image_files(folder)] for folder in subfolders(root)
-    }
+    classes = {folder.name: [ImageSource.of_file(p) for p in image_files(folder)] for folder in subfolders(root)}
     if not classes:
         raise ValueError(f"{str(root)!r} has no folders in it; expected one folder of images for each class")
     empty = [name for name, sources in classes.items() if not sources]
@@ -165,17 +161,14 @@ def read_images(
         chunk = sources[first : first + _AT_ONCE]
         for row, source in enumerate(chunk, start=first):
             try:
-                pixels[row] = decode_image(
-                    source.read(), size=size, channels=channels, fit=fit, invert=invert
-                )
+                pixels[row] = decode_image(source.read(), size=size, channels=channels, fit=fit, invert=invert)
             except Exception as error:
                 # Pillow's decoders raise nearly anything on damaged files (OSError, SyntaxError,
                 # struct.error, zlib.error, ...), and whatever it was must not hide the other broken files.
                 broken[row] = str(error) or type(error).__name__
         return len(chunk)
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, disable=not progress) as bar, ThreadPoolExecutor() as pool:
+    with progress_bar(show=progress) as bar, ThreadPoolExecutor() as pool:
         job = bar.add_task(f"Reading {kind}", total=len(sources))
         for done in pool.map(decode, range(0, len(sources), _AT_ONCE)):
             bar.advance(job, done)
@@ -188,15 +181,11 @@ def read_images(
     if not skip_broken:
         raise BrokenImagesError(named, len(sources))
     # Not cached, so that every run says again what it leaves out.
-    logger.warning(
-        "left out %d of %d images: %s", len(named), len(sources), BrokenImagesError(named, len(sources))
-    )
+    logger.warning("left out %d of %d images: %s", len(named), len(sources), BrokenImagesError(named, len(sources)))
     return _without(images, classes, set(broken))
 
 
-def _without(
-    images: torch.Tensor, classes: Mapping[str, Sequence[ImageSource]], broken: set[int]
-) -> ClassImages:
+def _without(images: torch.Tensor, classes: Mapping[str, Sequence[ImageSource]], broken: set[int]) -> ClassImages:
     sizes: list[int] = []
     first = 0
     for name, sources in classes.items():
@@ -209,9 +198,7 @@ def _without(
     return ClassImages(images[kept], tuple(sizes), tuple(classes))
 
 
-def decode_image(
-    data: bytes, *, size: int, channels: int, fit: Fit = "stretch", invert: bool = False
-) -> Pixels:
+def decode_image(data: bytes, *, size: int, channels: int, fit: Fit = "stretch", invert: bool = False) -> Pixels:
     """An encoded image as uint8 ``[channels, size, size]``.
 
     It is turned the way its EXIF orientation says. Transparency is laid over white paper; 16-bit grey is
@@ -225,12 +212,8 @@ def decode_image(
         limit = Image.MAX_IMAGE_PIXELS
         # Pillow itself only warns until twice its limit.
         if limit is not None and opened.width * opened.height > limit:
-            raise ValueError(
-                f"{opened.width} x {opened.height} pixels is more than the limit of {limit} in all"
-            )
-        return prepare_image(
-            ImageOps.exif_transpose(opened), size=size, channels=channels, fit=fit, invert=invert
-        )
+            raise ValueError(f"{opened.width} x {opened.height} pixels is more than the limit of {limit} in all")
+        return prepare_image(ImageOps.exif_transpose(opened), size=size, channels=channels, fit=fit, invert=invert)
 
 
 def prepare_image(image: Image.Image, *, size: int, channels: int, fit: Fit, invert: bool) -> Pixels:

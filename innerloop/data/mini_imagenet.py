@@ -131,9 +131,7 @@ def _list_csv(root: Path, tables: Path) -> Listed | None:
             f"not in {str(images)!r}:{shown}{more}\nPut them there, or point root at the folder that has them"
         )
     return {
-        split: {
-            label: [ImageSource.of_file(p) for p in of_class] for label, of_class in sorted(classes.items())
-        }
+        split: {label: [ImageSource.of_file(p) for p in of_class] for label, of_class in sorted(classes.items())}
         for split, classes in paths.items()
     }
 
@@ -141,21 +139,16 @@ def _list_csv(root: Path, tables: Path) -> Listed | None:
 def _rows(table: Path) -> list[tuple[str, str]]:
     """The (file name, label) rows of a Ravi & Larochelle CSV file."""
     if not table.is_file():
-        raise FileNotFoundError(
-            f"{str(table)!r} does not exist; train.csv, val.csv and test.csv belong together"
-        )
+        raise FileNotFoundError(f"{str(table)!r} does not exist; train.csv, val.csv and test.csv belong together")
     with table.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         if not {"filename", "label"} <= set(reader.fieldnames or ()):
-            raise ValueError(
-                f"{str(table)!r} must have the columns filename,label; it has {reader.fieldnames}"
-            )
+            raise ValueError(f"{str(table)!r} must have the columns filename,label; it has {reader.fieldnames}")
         rows = [(row["filename"] or "", row["label"] or "") for row in reader]
     for line, (filename, label) in enumerate(rows, start=2):
         if not filename or not label or Path(filename).name != filename:
             raise ValueError(
-                f"row {line} of {str(table)!r} must be a plain file name and a label; "
-                f"got {filename!r}, {label!r}"
+                f"row {line} of {str(table)!r} must be a plain file name and a label; got {filename!r}, {label!r}"
             )
     if not rows:
         raise ValueError(f"{str(table)!r} lists no images")
@@ -165,45 +158,35 @@ def _rows(table: Path) -> list[tuple[str, str]]:
 def _read_split_pickle(path: Path, size: int) -> ClassImages:
     """One split from a pickled dict: {image_data, class_dict}, or {data, labels} and maybe catname2label."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{str(path)!r} does not exist; the files of the three splits belong together"
-        )
+        raise FileNotFoundError(f"{str(path)!r} does not exist; the files of the three splits belong together")
     content = read_pickle(path)
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} must hold a dict; it holds a {type(content).__name__}")
     try:
         if {"image_data", "class_dict"} <= content.keys():
             pixels = _uint8_images(content["image_data"], path)
-            rows = {str(name): np.asarray(of_class) for name, of_class in content["class_dict"].items()}
+            rows = {str(name): np.ravel(of_class) for name, of_class in content["class_dict"].items()}
         elif {"data", "labels"} <= content.keys():
             pixels = _uint8_images(content["data"], path)
             labels = np.asarray(content["labels"])
             names = {int(c): str(name) for name, c in (content.get("catname2label") or {}).items()}
-            rows = {
-                names.get(int(c), f"class{int(c)}"): np.flatnonzero(labels == c) for c in np.unique(labels)
-            }
+            rows = {names.get(int(c), f"class{int(c)}"): np.flatnonzero(labels == c) for c in np.unique(labels)}
         else:
             raise ValueError(
                 f"{str(path)!r} must hold the keys image_data and class_dict, or data and labels; "
                 f"it holds {sorted(map(str, content))}"
             )
-        order = np.concatenate(list(rows.values()))
+        order = np.concatenate([np.empty(0, dtype=np.int64), *rows.values()])
     except (TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{str(path)!r} has a mini-ImageNet file's keys but not its values: {error}"
-        ) from error
+        raise ValueError(f"{str(path)!r} has a mini-ImageNet file's keys but not its values: {error}") from error
     if not order.size or order.dtype.kind not in "iu" or order.min() < 0 or order.max() >= len(pixels):
-        raise ValueError(
-            f"{str(path)!r} must number its {len(pixels)} images from 0 for each class, and does not"
-        )
+        raise ValueError(f"{str(path)!r} must number its {len(pixels)} images from 0 for each class, and does not")
     if pixels.shape[1:3] == (size, size):
         images = torch.from_numpy(pixels[order].transpose(0, 3, 1, 2).copy())
     else:
         images = torch.empty((len(order), 3, size, size), dtype=torch.uint8)
         for place, row in enumerate(order):
-            resized = prepare_image(
-                Image.fromarray(pixels[row]), size=size, channels=3, fit="stretch", invert=False
-            )
+            resized = prepare_image(Image.fromarray(pixels[row]), size=size, channels=3, fit="stretch", invert=False)
             images[place] = torch.from_numpy(resized.copy())
     return ClassImages(images, tuple(map(len, rows.values())), tuple(rows))
 
@@ -215,7 +198,6 @@ def _uint8_images(data: object, path: Path) -> NDArray[np.uint8]:
         raise ValueError(f"the images in {str(path)!r} must all have one shape ({error})") from error
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape:
         raise ValueError(
-            f"{str(path)!r} must hold uint8 images [n, height, width, 3]; "
-            f"it holds {pixels.dtype} {pixels.shape}"
+            f"{str(path)!r} must hold uint8 images [n, height, width, 3]; it holds {pixels.dtype} {pixels.shape}"
         )
     return pixels

@@ -191,9 +191,7 @@ def _in_zip(path: Path) -> Characters:
     for info in sorted(archive.infolist(), key=lambda info: info.filename):
         member = PurePosixPath(info.filename)
         if member.is_absolute() or ".." in member.parts:
-            raise ValueError(
-                f"{str(path)!r} has a member outside the archive, {info.filename!r}; do not trust it"
-            )
+            raise ValueError(f"{str(path)!r} has a member outside the archive, {info.filename!r}; do not trust it")
         hidden = any(piece.startswith((".", "__MACOSX")) for piece in member.parts)
         if info.is_dir() or hidden or len(member.parts) < 3 or member.suffix.lower() not in IMAGE_SUFFIXES:
             continue

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from innerloop.data._progress import progress_bar
 from innerloop.data._random import check_whole, raw_words, uniform
 from innerloop.data.classes import SPLITS, ClassImages, ImageDataset, Split
 
@@ -27,9 +27,7 @@ DEFAULT_CLASSES: Mapping[Split, int] = {"train": 1000, "val": 100, "test": 400}
 
 MAX_STROKES = 4
 PATH_POINTS = 27  # along a stroke, before they are joined up on the canvas
-SUPERSAMPLING = (
-    4  # the canvas is 1-bit and 4 times as fine as the image; Omniglot's 105 pixels are 3.75 times 28
-)
+SUPERSAMPLING = 4  # the canvas is 1-bit and 4 times as fine as the image; Omniglot's 105 pixels are 3.75 times 28
 
 # Random words of a character and of one drawing of it: some for the whole, and a column for each stroke.
 _WHOLE_WORDS = 8
@@ -91,17 +89,14 @@ def strokes(
     """
     wanted = DEFAULT_CLASSES if classes is None else classes
     if not wanted or not set(wanted) <= set(SPLITS):
-        raise ValueError(
-            f"classes must map some of {list(SPLITS)} to a number of characters; got {classes!r}"
-        )
+        raise ValueError(f"classes must map some of {list(SPLITS)} to a number of characters; got {classes!r}")
     for split, count in wanted.items():
         check_whole(f"classes[{split!r}]", count, at_least=1)
     check_whole("drawers", drawers, at_least=1)
     check_whole("size", size, at_least=8, below=1025)
     check_whole("seed", seed, at_least=0)
     dataset: dict[Split, ClassImages] = {}
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, disable=not progress) as bar:
+    with progress_bar(show=progress) as bar:
         job = bar.add_task("Drawing characters", total=sum(wanted.values()))
         for split, count in wanted.items():
             images = np.empty((count, drawers, 1, size, size), dtype=np.uint8)
@@ -155,26 +150,23 @@ def _imagine(words: Words) -> _Strokes:
     """A new character's strokes."""
     u = uniform(words)
     bump = _normal(words)
-    sign = np.where(u[0] < 0.5, -1.0, 1.0)
-    slight, bend = 0.08 * bump[1], sign * (0.4 + 0.8 * u[2])
-    kinds = [
-        u[3] < chance for chance in (0.45, 0.66, 0.76, 0.84, 0.95)
-    ]  # line, arc, hook, wave, loop; else a dot
-    round_trip = sign * np.pi * (0.62 + 0.1 * u[2])
-    can_turn = u[3] < 0.76
+    line, arc, hook, wave, loop = (u[3] < chance for chance in (0.45, 0.66, 0.76, 0.84, 0.95))  # else a dot
+    kinds = [line, arc, hook, wave, loop]
+    side = np.where(u[0] < 0.5, -1.0, 1.0)
+    straight, bend, round_trip = 0.08 * bump[1], side * (0.4 + 0.8 * u[2]), side * np.pi * (0.62 + 0.1 * u[2])
+    has_corner, has_second = hook & (u[8] < 0.45), hook & (u[8] < 0.3)  # lines, arcs and hooks only
+    # Mostly to the right or down, as in handwriting; sometimes along a diagonal.
+    diagonal = np.floor(u[4] * 4) * np.pi / 4 - np.pi / 8
+    heading = np.select([u[5] < 0.35, u[5] < 0.75], [0.0, np.pi / 2], diagonal)
+    length = np.select(kinds, [0.4 + 0.7 * u[7]] * 3 + [0.8 + 0.5 * u[7], 0.6 + 0.9 * u[7]], 0.05)
     return _Strokes(
-        # Mostly to the right or down, as in handwriting; sometimes along a diagonal.
-        heading=np.select(
-            [u[5] < 0.35, u[5] < 0.75], [0.0, np.pi / 2], np.floor(u[4] * 4) * np.pi / 4 - np.pi / 8
-        )
-        + 0.13 * bump[6],
-        length=np.select(kinds, [0.4 + 0.7 * u[7]] * 3 + [0.8 + 0.5 * u[7], 0.6 + 0.9 * u[7]], 0.05)
-        * np.where(can_turn & (u[8] < 0.45), 1.5, 1.0),
-        first_turn=np.select(kinds, [slight, bend, slight, 2 * bend, round_trip], 0.0),
-        second_turn=np.select(kinds, [slight, bend, slight, 0 * bend, round_trip], 0.0),
-        third_turn=np.select(kinds, [slight, bend, 3 * bend, -2 * bend, round_trip], 0.0),
-        first_corner=np.where(can_turn & (u[8] < 0.45), _corner(u[9], bump[10]), 0.0),
-        second_corner=np.where(can_turn & (u[8] < 0.3), _corner(u[11], bump[12]), 0.0),
+        heading=heading + 0.13 * bump[6],
+        length=length * np.where(has_corner, 1.5, 1.0),
+        first_turn=np.select(kinds, [straight, bend, straight, 2 * bend, round_trip], 0.0),
+        second_turn=np.select(kinds, [straight, bend, straight, np.zeros_like(bend), round_trip], 0.0),
+        third_turn=np.select(kinds, [straight, bend, 3 * bend, -2 * bend, round_trip], 0.0),
+        first_corner=np.where(has_corner, _corner(u[9], bump[10]), 0.0),
+        second_corner=np.where(has_second, _corner(u[11], bump[12]), 0.0),
         start_x=u[13] * 0.8,
         start_y=u[14] * 0.8,
         joint=np.where(u[15] < 0.3, -1.0, np.floor((u[15] - 0.3) / 0.7 * 5) / 4),
@@ -215,10 +207,8 @@ def _trace(pen: _Strokes) -> Array:
         + pen.first_corner[..., None] * (along > 1 / 3)
         + pen.second_corner[..., None] * (along > 2 / 3)
     )
-    steps = (
-        np.stack([np.cos(heading), np.sin(heading)], axis=-1) * (pen.length / PATH_POINTS)[..., None, None]
-    )
-    paths = np.cumsum(steps, axis=-2)
+    directions = np.stack([np.cos(heading), np.sin(heading)], axis=-1)
+    paths = np.cumsum(directions * (pen.length / PATH_POINTS)[..., None, None], axis=-2)
     for s in range(MAX_STROKES):
         start = np.stack([pen.start_x[..., s], pen.start_y[..., s]], axis=-1)
         if s:
@@ -252,9 +242,8 @@ def _place(points: Array, words: Words, own: Words) -> Array:
     half = (high - low) / 2 * shrink
     centre = np.clip(centre, 0.5 - room / 2 + half, 0.5 + room / 2 - half)
     middle = (low + high) / 2
-    placed: Array = (points - middle[..., None, None, :]) * shrink[..., None, None] + centre[
-        ..., None, None, :
-    ]
+    placed: Array = (points - middle[..., None, None, :]) * shrink[..., None, None]
+    placed += centre[..., None, None, :]
     return placed
 
 

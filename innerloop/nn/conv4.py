@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 
@@ -19,16 +21,12 @@ class Conv4(nn.Module):
             plain MAML unstable (the paper's figure 1).
     """
 
-    def __init__(
-        self, ways: int, channels: int = 1, size: int = 28, filters: int = 64, strided: bool = False
-    ) -> None:
+    def __init__(self, ways: int, channels: int = 1, size: int = 28, filters: int = 64, strided: bool = False) -> None:
         super().__init__()
         if not strided and size < 16:
             raise ValueError(f"four 2x2 poolings need images of at least 16 x 16, got {size} x {size}")
         widths = [channels, *[filters] * 4]
-        self.blocks = nn.Sequential(
-            *[_block(a, b, strided) for a, b in zip(widths[:-1], widths[1:], strict=True)]
-        )
+        self.blocks = nn.Sequential(*[_block(a, b, strided) for a, b in pairwise(widths)])
         self.pool = nn.AdaptiveAvgPool2d(1) if strided else nn.Identity()
         self.head = nn.Linear(filters if strided else filters * (size // 16) ** 2, ways)
         for module in self.modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ class MLP(nn.Module):
     def __init__(self, inputs: int = 1, outputs: int = 1, hidden: Sequence[int] = (40, 40)) -> None:
         super().__init__()
         widths = [inputs, *hidden]
-        layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+        layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1], outputs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ class ResNet12(nn.Module):
     def __init__(self, ways: int, channels: int = 3, widths: Sequence[int] = (64, 160, 320, 640)) -> None:
         super().__init__()
         sizes = [channels, *widths]
-        self.blocks = nn.Sequential(*[_Residual(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)])
+        self.blocks = nn.Sequential(*[_Residual(a, b) for a, b in pairwise(sizes)])
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(sizes[-1], ways)
 

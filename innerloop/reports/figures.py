@@ -10,9 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 from matplotlib.axes import Axes
-from numpy.typing import ArrayLike, NDArray
 
 from innerloop.reports import run_panels as panels
 from innerloop.reports.records import RunRecords, read_run
@@ -32,9 +30,9 @@ __all__ = [
 def write_run_figures(run: Path) -> list[Path]:
     """Draw what ``run/metrics.jsonl`` holds so far into ``run/figures``.
 
-    These are ``accuracy.png`` (``loss.png`` for regression), ``inner_steps.png``, ``rates.png`` (if inner rates were
-    recorded), ``msl_weights.png`` and ``gradient_norm.png``. Good from the first finished epoch on, so it may be
-    called after each.
+    These are ``accuracy.png`` (``loss.png`` for regression), ``inner_steps.png``, ``rates.png`` (if inner
+    rates were recorded), ``msl_weights.png`` and ``gradient_norm.png``. Good from the first finished epoch
+    on, so it may be called after each.
 
     Returns:
         The files written.
@@ -44,12 +42,10 @@ def write_run_figures(run: Path) -> list[Path]:
         ValueError: it holds no finished epoch, or a line that is not one.
     """
     records = read_run(run)
-    over_epochs = (
-        ("accuracy", panels.accuracy_panel) if records.is_classification else ("loss", panels.loss_panel)
-    )
+    over_epochs = ("accuracy", panels.accuracy_panel) if records.is_classification else ("loss", panels.loss_panel)
     wanted: list[tuple[str, Callable[[Axes, RunRecords], None], tuple[float, float]]] = [
         (*over_epochs, (6.4, 4.0)),
-        ("inner_steps", panels.inner_steps_panel, (5.2, 4.0)),
+        ("inner_steps", panels.inner_steps_panel, (6.2, 4.0)),
         ("msl_weights", panels.msl_weights_panel, (6.8, 3.8)),
         ("gradient_norm", panels.gradient_norm_panel, (6.4, 3.8)),
     ]
@@ -67,18 +63,8 @@ def write_run_figures(run: Path) -> list[Path]:
     return paths
 
 
-def draw_task(
-    path: Path,
-    *,
-    support_images: NDArray[np.uint8],
-    support_labels: ArrayLike,
-    query_images: NDArray[np.uint8],
-    query_labels: ArrayLike,
-    probabilities: ArrayLike,
-    title: str = "",
-) -> Path:
-    """The picture of one few-shot task being learned; the arguments are those of :class:`TaskPicture`."""
-    task = TaskPicture(support_images, support_labels, query_images, query_labels, probabilities, title)
+def draw_task(path: Path, task: TaskPicture) -> Path:
+    """The picture of one few-shot task being learned."""
     size = task_size(task)
     unit = min(0.62, 12.0 / size.width)
     with figure_at(path, unit * size.width + 0.3, unit * size.height + 0.4) as figure:
@@ -106,14 +92,14 @@ def draw_adapted_curves(path: Path, *, tasks: Sequence[CurveTask]) -> Path:
 
 
 def draw_overview(path: Path, run: Path, *, task: TaskPicture) -> Path:
-    """A wide picture (1920 x 688 pixels) for a README: a task being learned, the run, what inner steps give."""
+    """A wide picture (1920 x 688 pixels) for a README: a task being learned, the run, the inner steps."""
     records = read_run(run)
     shown = 5
     size = task_size(task, most_classes=shown, most_shots=2)
-    width = 5.0
+    width = 5.6
     with figure_at(path, 12.0, 4.3) as figure:
-        left, middle, right = figure.subplots(1, 3, width_ratios=[width, 3.5, 3.2])
+        left, middle, right = figure.subplots(1, 3, width_ratios=[width, 3.3, 3.0])
         task_panel(left, task, most_classes=shown, most_shots=2, unit=0.95 * width / size.width)
         (panels.accuracy_panel if records.is_classification else panels.loss_panel)(middle, records)
-        panels.inner_steps_panel(right, records)
+        panels.inner_steps_panel(right, records, beside=False)
     return path

@@ -73,11 +73,7 @@ class RunRecords:
     def msl_end(self) -> int | None:
         """First epoch in which the last inner step's loss alone counts, where earlier ones counted before."""
         pairs = zip(self.epochs, self.epochs[1:], strict=False)
-        ends = (
-            now.epoch
-            for before, now in pairs
-            if any(before.loss_weights[:-1]) and not any(now.loss_weights[:-1])
-        )
+        ends = (now.epoch for before, now in pairs if any(before.loss_weights[:-1]) and not any(now.loss_weights[:-1]))
         return next(ends, None)
 
     def _setting(self, section: str, key: str) -> object:
@@ -99,9 +95,7 @@ def read_run(run: Path) -> RunRecords:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{run} has no metrics.jsonl: not a run's folder, or no epoch has finished"
-        ) from None
+        raise FileNotFoundError(f"{run} has no metrics.jsonl: not a run's folder, or no epoch has finished") from None
     epochs: dict[int, EpochRecord] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():

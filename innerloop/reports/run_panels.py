@@ -29,11 +29,10 @@ def accuracy_panel(axes: Axes, run: RunRecords) -> None:
     _train_and_validation(axes, run, train, validation, interval)
     if np.isfinite(validation).any():
         best = int(np.nanargmax(np.where(np.isfinite(validation), validation, np.nan)))
-        _star(
-            axes, epochs[best], validation[best], f"best: {validation[best]:.1f}% in epoch {epochs[best]:.0f}"
-        )
+        _star(axes, epochs[best], validation[best], f"best: {validation[best]:.1f}% in epoch {epochs[best]:.0f}")
     low, high = axes.get_ylim()
-    axes.set_ylim(max(low, -2.0), min(high, 101.0))
+    wider = max(0.0, 5.0 - (high - low)) / 2  # no drama in a range of a point or two
+    axes.set_ylim(max(low - wider, -2.0), min(high + wider, 101.0))
     axes.yaxis.set_major_locator(_ticks_to_100())
     axes.yaxis.set_major_formatter(_percent_sign())
     axes.set_ylabel("query accuracy")
@@ -56,12 +55,15 @@ def loss_panel(axes: Axes, run: RunRecords) -> None:
     _log_axis(axes, [train, validation, validation + interval])
     axes.set_ylabel("query loss (log scale)")
     axes.set_title("Loss on new tasks")
-    _mark_changes(axes, run)
-    axes.legend(loc="upper right")
+    _mark_changes(axes, run, falling=True)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
 
-def inner_steps_panel(axes: Axes, run: RunRecords, *, lines: int = 5) -> None:
-    """Validation query accuracy (or loss) after inner step 0 .. K, one line for each of a few epochs."""
+def inner_steps_panel(axes: Axes, run: RunRecords, *, lines: int = 5, beside: bool = True) -> None:
+    """Validation query accuracy (or loss) after inner step 0 .. K, one line for each of a few epochs.
+
+    The legend stands ``beside`` the panel; else in it, where there is room from two inner steps on.
+    """
     classify = run.is_classification
     shown = _spread(len(run.epochs), lines)
     for place, index in enumerate(shown):
@@ -97,15 +99,18 @@ def inner_steps_panel(axes: Axes, run: RunRecords, *, lines: int = 5) -> None:
     else:
         _log_axis(axes, [_per_step(run.epochs[index], classify) for index in shown])
     most = max(len(_per_step(run.epochs[index], classify)) for index in shown) - 1
-    axes.set_xlim(-0.06 * most - 0.02, 1.04 * most + 0.02)
+    axes.set_xlim(-0.09 * most - 0.02, 1.04 * most + 0.02)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
     axes.set_xlabel("inner step (0: before adaptation)")
     axes.set_ylabel("query accuracy" if classify else "query loss (log scale)")
     axes.set_title("What each inner step gives")
     style.tidy(axes)
-    axes.legend(loc="lower right" if classify else "upper right")
-    if classify and run.ways is not None and len(shown) > 0:
-        _keep_legend_off_chance(axes)
+    if beside or most < 2:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    elif classify:
+        axes.legend(loc="lower right", bbox_to_anchor=(0, 0.12, 1, 0.88))  # above the line of chance
+    else:
+        axes.legend(loc="upper right")
 
 
 def rates_panel(axes: Axes, run: RunRecords) -> None:
@@ -161,7 +166,7 @@ def rates_panel(axes: Axes, run: RunRecords) -> None:
 
 
 def msl_weights_panel(axes: Axes, run: RunRecords) -> None:
-    """w_k of every inner step's query loss over the epochs; those of first-order meta-gradients are shaded."""
+    """w_k of every inner step's query loss over the epochs; first-order epochs are shaded."""
     epochs = _epoch_numbers(run)
     steps = max(len(record.loss_weights) for record in run.epochs)
     weights = np.full((len(epochs), steps), np.nan)
@@ -169,21 +174,22 @@ def msl_weights_panel(axes: Axes, run: RunRecords) -> None:
         weights[row, : len(record.loss_weights)] = record.loss_weights
     for first, last in _first_order_spans(run):
         axes.axvspan(first - 0.5, last + 0.5, color="#F0F0F0", linewidth=0, zorder=0)
+    tube = min(2.2, 7 / steps)
     for step in range(steps):
         final = step == steps - 1
         # Lines that lie on each other are drawn like nested tubes: the earliest step widest and undermost.
         covering = sum(
-            np.allclose(weights[:, step], weights[:, later], equal_nan=True)
-            for later in range(step + 1, steps)
+            np.allclose(weights[:, step], weights[:, later], equal_nan=True) for later in range(step + 1, steps)
         )
         axes.plot(
             epochs,
             weights[:, step],
             color=style.VERMILLION if final else style.ORDERED(step / max(steps - 2, 1)),
-            linewidth=2.4 if final else 1.5 + 2.2 * min(covering, 6),
+            linewidth=2.4 if final else 1.5 + tube * covering,
             linestyle="-" if final or covering else style.LINE_STYLES[step % len(style.LINE_STYLES)],
             solid_capstyle="butt",
-            marker="o" if final else "" if covering else style.MARKERS[(step + 1) % len(style.MARKERS)],
+            marker="o" if final else "" if covering and len(epochs) > 1 else style.MARKERS[(step + 1) % 7],
+            markersize=4.5 + tube * covering,
             markevery=_mark_every(len(epochs)),
             zorder=4 if final else 2 + step / steps,
             label=f"step {step + 1}" + (" (last)" if final and steps > 1 else ""),
@@ -221,13 +227,11 @@ def gradient_norm_panel(axes: Axes, run: RunRecords) -> None:
     axes.set_ylabel("norm of the meta-gradient (log scale)")
     axes.set_title("Size of the outer gradient")
     style.tidy(axes)
-    _mark_changes(axes, run)
-    axes.legend(loc="upper right")
+    _mark_changes(axes, run, falling=True)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
 
 
-def _train_and_validation(
-    axes: Axes, run: RunRecords, train: Array, validation: Array, interval: Array
-) -> None:
+def _train_and_validation(axes: Axes, run: RunRecords, train: Array, validation: Array, interval: Array) -> None:
     """The two lines and the band that accuracy and loss share."""
     epochs = _epoch_numbers(run)
     every = _mark_every(len(epochs))
@@ -266,10 +270,11 @@ def _mark_lost(axes: Axes, epochs: Array, values: Array) -> None:
         )  # fmt: skip
 
 
-def _mark_changes(axes: Axes, run: RunRecords, *, above: float = 0.0) -> None:
+def _mark_changes(axes: Axes, run: RunRecords, *, above: float = 0.0, falling: bool = False) -> None:
     """Thin lines where the recipe changes: multi-step loss ends, the derivative order switches.
 
-    Their notes stand at the fraction ``above`` of the panel's height, to leave room for a legend.
+    Their notes stand at the fraction ``above`` of the panel's height, to leave room for a legend. Where the
+    lines are ``falling`` with time, notes in the later part stand at the top instead, out of their way.
     """
     halo = [withStroke(linewidth=2.5, foreground="white")]
     orders = {record.epoch: record.derivative_order for record in run.epochs}
@@ -279,11 +284,14 @@ def _mark_changes(axes: Axes, run: RunRecords, *, above: float = 0.0) -> None:
     ]
     if run.msl_end is not None:
         changes.append((run.msl_end, "multi-step loss ends"))
+    first, last = run.epochs[0].epoch, run.epochs[-1].epoch
     for epoch, note in changes:
         axes.axvline(epoch - 0.5, color=style.GREY, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
+        late = falling and epoch - first > 0.4 * (last - first)
         axes.annotate(
-            note, (epoch - 0.5, above), (2, 4), xycoords=("data", "axes fraction"), textcoords="offset points",
-            rotation=90, ha="left", va="bottom", fontsize=7, color=style.GREY, path_effects=halo, zorder=6,
+            note, (epoch - 0.5, 1 if late else above), (2, -4 if late else 4),
+            xycoords=("data", "axes fraction"), textcoords="offset points", rotation=90, ha="left",
+            va="top" if late else "bottom", fontsize=7, color=style.GREY, path_effects=halo, zorder=1,
         )  # fmt: skip
 
 
@@ -300,15 +308,9 @@ def _name_points(axes: Axes, steps: Array | NDArray[np.int_], values: Array) -> 
         if math.isfinite(values[index]):
             axes.annotate(
                 f"{values[index]:.1f}", (float(steps[index]), values[index]), (-4, 6),
-                textcoords="offset points", ha="center", va="bottom", fontsize=7.5, color=style.VERMILLION, fontweight="bold",
+                textcoords="offset points", ha="center", va="bottom", fontsize=7.5, color=style.VERMILLION,
+                fontweight="bold",
             )  # fmt: skip
-
-
-def _keep_legend_off_chance(axes: Axes) -> None:
-    """Lift the legend above the line of chance, which lies low in the panel."""
-    legend = axes.get_legend()
-    if legend is not None:
-        legend.set_bbox_to_anchor((0, 0.12, 1, 0.88), transform=axes.transAxes)
 
 
 def _write_cells(axes: Axes, table: Array, centre: float, reach: float) -> None:
@@ -371,14 +373,14 @@ def _log_axis(axes: Axes, series: Sequence[Array]) -> None:
     """A log axis that spans the positive values of the series, with plain numbers on it."""
     values = np.concatenate(list(series))
     values = values[np.isfinite(values) & (values > 0)]
-    axes.set_yscale("log", nonpositive="clip")
     if not values.size:
         return
+    axes.set_yscale("log", nonpositive="clip")
     low, high = float(values.min()) / 1.15, float(values.max()) * 1.15
     axes.set_ylim(low, high)
     decades = math.log10(high / low)
     if decades < 3:
-        ticks = (1.0, 2.0, 5.0) if decades > 0.7 else (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+        ticks = (1.0, 2.0, 5.0) if decades > 1.2 else (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
         axes.yaxis.set_major_locator(LogLocator(subs=ticks))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
@@ -447,5 +449,5 @@ def _few_ticks(count: int, most: int = 20) -> list[int]:
 
 
 def _mark_every(count: int) -> tuple[int, int]:
-    """Markers on at most about 20 points, so that lines differ in print but stay lines."""
-    return (0, max(1, math.ceil(count / 20)))
+    """Markers on at most about 12 points, so that lines differ in print but stay lines."""
+    return (0, max(1, math.ceil(count / 12)))

@@ -30,13 +30,9 @@ DIVERGING: Colormap = LinearSegmentedColormap.from_list(
     "blue_vermillion", [BLUE, "#9CC9E3", "#F7F7F7", "#F0B48A", VERMILLION]
 )
 """Below the centre blue, at it white, above it vermillion."""
-SEQUENTIAL: Colormap = LinearSegmentedColormap.from_list(
-    "pale_to_blue", ["#FFFFFF", "#B9D9EB", "#5AA5CF", BLUE]
-)
+SEQUENTIAL: Colormap = LinearSegmentedColormap.from_list("pale_to_blue", ["#FFFFFF", "#B9D9EB", "#5AA5CF", BLUE])
 """From white for 0 to blue for 1."""
-ORDERED: Colormap = LinearSegmentedColormap.from_list(
-    "early_to_late", ["#A9CCE3", "#4A97C6", "#0B4F7D", "#06263D"]
-)
+ORDERED: Colormap = LinearSegmentedColormap.from_list("early_to_late", ["#A9CCE3", "#4A97C6", "#0B4F7D", "#06263D"])
 """For lines in an order, such as epochs: the palest is still visible on white."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINE_STYLES: tuple[Any, ...] = ((0, (1, 1.2)), (0, (4, 1.5, 1, 1.5)), (0, (5, 1.5)), (0, (8, 1.5)))
@@ -61,7 +57,10 @@ _SETTINGS: Any = {
     "lines.linewidth": 1.8,
     "lines.markersize": 4.5,
     "legend.fontsize": 8.0,
-    "legend.frameon": False,
+    "legend.frameon": True,
+    "legend.fancybox": False,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
     "legend.handlelength": 2.6,
     "text.color": INK,
     "text.usetex": False,

@@ -41,9 +41,7 @@ class TaskPicture:
             if images.ndim != 4 or images.shape[1] not in (1, 3):
                 raise ValueError(f"{name}_images must be [n, C, H, W] with C 1 or 3, got {images.shape}")
             if labels.shape != images.shape[:1]:
-                raise ValueError(
-                    f"{name}_labels must be [{len(images)}], one for each image, got {labels.shape}"
-                )
+                raise ValueError(f"{name}_labels must be [{len(images)}], one for each image, got {labels.shape}")
             if not len(images):
                 raise ValueError(f"{name}_images is empty")
         shape = np.shape(self.probabilities)
@@ -52,9 +50,7 @@ class TaskPicture:
         for name in ("support", "query"):
             labels = np.asarray(getattr(self, f"{name}_labels"))
             if labels.min() < 0 or labels.max() >= shape[2]:
-                raise ValueError(
-                    f"{name}_labels must be from 0 to {shape[2] - 1}, got {sorted(set(labels.tolist()))}"
-                )
+                raise ValueError(f"{name}_labels must be from 0 to {shape[2] - 1}, got {sorted(set(labels.tolist()))}")
 
     @property
     def ways(self) -> int:
@@ -99,7 +95,7 @@ def task_panel(
 ) -> None:
     """A row for each class: its support images, one query image, how sure the model is after each inner step.
 
-    Of more than ``most_classes`` classes or ``most_shots`` images the first are shown and the picture says so.
+    Of more than ``most_classes`` classes or ``most_shots`` images the first are shown and a note says so.
     The bottom line counts all query images. ``unit`` is an image's size in inches, which text follows. Drawn
     characters, bright ink on a dark ground, are shown as ink on paper.
     """
@@ -183,9 +179,7 @@ def _show_key(axes: Axes, left: float, size: TaskSize, task: TaskPicture, font: 
         axes.text(left - 0.2, y, note, ha="right", va="center", fontsize=0.92 * font, color=style.GREY)
 
 
-def _show_image(
-    axes: Axes, image: NDArray[np.uint8], left: float, top: float, paper: bool, frame: str = ""
-) -> None:
+def _show_image(axes: Axes, image: NDArray[np.uint8], left: float, top: float, paper: bool, frame: str = "") -> None:
     """One image in the square whose upper left corner is given."""
     pixels = np.moveaxis(np.asarray(image), 0, -1)
     scale: dict[str, Any] = {}
@@ -195,26 +189,21 @@ def _show_image(
     extent = (left + 0.05, left + 0.95, top + 0.95, top + 0.05)
     axes.imshow(pixels, extent=extent, interpolation="antialiased", aspect="auto", **scale)
     axes.add_patch(
-        Rectangle(
-            (left + 0.05, top + 0.05), 0.9, 0.9, fill=False, edgecolor=frame or style.PALE, linewidth=0.8
-        )
+        Rectangle((left + 0.05, top + 0.05), 0.9, 0.9, fill=False, edgecolor=frame or style.PALE, linewidth=0.8)
     )
 
 
 def _show_cell(axes: Axes, left: float, top: float, probability: float, right: bool, font: float) -> None:
     """One probability: shade and number, and whether the guess is right as a mark."""
     known = math.isfinite(probability)
-    shade = style.SEQUENTIAL(0.85 * probability) if known else style.PALE
+    shade = style.SEQUENTIAL(0.75 * probability) if known else style.PALE
     axes.add_patch(
-        Rectangle(
-            (left + 0.03, top + 0.05), _CELL - 0.06, 0.9, facecolor=shade, edgecolor=style.PALE, linewidth=0.6
-        )
+        Rectangle((left + 0.03, top + 0.05), _CELL - 0.06, 0.9, facecolor=shade, edgecolor=style.PALE, linewidth=0.6)
     )
     _show_mark(axes, left + 0.25, top + 0.5, right and known, font)
-    dark = known and probability > 0.65
     axes.text(
         left + 0.43, top + 0.5, f"{probability:.2f}" if known else "n/a", ha="left", va="center",
-        fontsize=0.92 * font, color="white" if dark else style.INK,
+        fontsize=0.92 * font,
     )  # fmt: skip
 
 
@@ -260,19 +249,16 @@ def curve_panel(axes: Axes, task: CurveTask, *, title: str = "") -> None:
     for place, (steps, values) in enumerate(sorted(task.predictions.items())):
         prediction = _flat(values)
         if prediction.shape != x.shape:
-            raise ValueError(
-                f"predictions[{steps}] must have {x.size} values, as x has, got {prediction.size}"
-            )
+            raise ValueError(f"predictions[{steps}] must have {x.size} values, as x has, got {prediction.size}")
         error = float(np.mean((prediction - target) ** 2))
         colour, line = _CURVES[place % len(_CURVES)]
         when = "before adaptation" if steps == 0 else f"after {steps} step{'s' * (steps > 1)}"
-        axes.plot(
-            x, prediction, color=colour, linestyle=line, label=f"{when}: MSE {error:.2g}", zorder=2 + place
-        )
+        axes.plot(x, prediction, color=colour, linestyle=line, label=f"{when}: MSE {error:.2g}", zorder=2 + place)
     count = len(_flat(task.support_x))
     axes.plot(
         _flat(task.support_x), _flat(task.support_y), linestyle="none", marker="^", markersize=7,
-        color=style.VERMILLION, markeredgecolor="white", markeredgewidth=0.8, zorder=20, label=f"support ({count} points)",
+        color=style.VERMILLION, markeredgecolor="white", markeredgewidth=0.8, zorder=20,
+        label=f"support ({count} points)",
     )  # fmt: skip
     axes.set_xlabel("input x")
     axes.set_title(title)

@@ -7,7 +7,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import innerloop.nn
-from innerloop.data import Episodes, ImageDataset, Sinusoids, TaskSource, image_folder, mini_imagenet, omniglot, strokes
+from innerloop.data import (
+    Episodes,
+    ImageDataset,
+    Sinusoids,
+    TaskSource,
+    image_folder,
+    mini_imagenet,
+    omniglot,
+    strokes,
+)
 from innerloop.learner import MetaLearner
 from innerloop.training.config import Config, ConfigError, DataConfig
 
@@ -90,7 +99,7 @@ def build_learner(config: Config, device: torch.device) -> MetaLearner:
     network = _network(config).to(device)
     if device.type == "cpu" and config.network.network != "mlp":
         # Convolutions of these shapes run up to three times faster channels-last on CPUs.
-        network = network.to(memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loss = F.mse_loss if config.regression else F.cross_entropy
     return MetaLearner(network, loss, config.method, config.compute.mode)
 
@@ -103,5 +112,3 @@ def _network(config: Config) -> nn.Module:
         widths = [network.filters, *(int(network.filters * m) for m in (2.5, 5, 10))]
         return innerloop.nn.ResNet12(data.ways, data.channels, widths)
     return innerloop.nn.Conv4(data.ways, data.channels, data.image_size, network.filters, network.strided)
-
-

@@ -125,7 +125,7 @@ class TestResult:
         return asdict(self)
 
 
-def test(
+def test_checkpoints(
     learner: MetaLearner,
     checkpoints: Iterator[Tensors],
     source: TaskSource,
@@ -140,13 +140,10 @@ def test(
     evaluations: list[Evaluation] = []
     for state in checkpoints:
         learner.load_state_dict(state)
-        evaluations.append(
-            evaluate(learner, source, split, tasks, steps=steps, regression=regression, tick=tick)
-        )
+        evaluations.append(evaluate(learner, source, split, tasks, steps=steps, regression=regression, tick=tick))
     targets = torch.stack([source.task(split, i).query.targets for i in range(tasks)])
     ensemble = {
-        n: score(torch.stack([e.outputs[n] for e in evaluations]).mean(0), targets, regression)
-        for n in NORMALISATIONS
+        n: score(torch.stack([e.outputs[n] for e in evaluations]).mean(0), targets, regression) for n in NORMALISATIONS
     }
     best = evaluations[0]
     return TestResult(best.last, ensemble, len(evaluations), best.per_step)

@@ -7,7 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
 
 
@@ -52,7 +59,10 @@ class Progress:
     def epoch(self, record: Mapping[str, Any], epochs: int) -> None:
         """A line for a finished epoch."""
         if record["val_accuracy"] is None:
-            train, val = f"{record['train_loss']:.4f}", f"{record['val_loss']:.4f} ± {record['val_interval']:.4f}"
+            train, val = (
+                f"{record['train_loss']:.4f}",
+                f"{record['val_loss']:.4f} ± {record['val_interval']:.4f}",
+            )
             figures = f"train loss {train}  validation loss {val}"
         else:
             val = f"{record['val_accuracy']:.2%} ± {record['val_interval']:.2%}"

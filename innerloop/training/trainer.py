@@ -25,7 +25,7 @@ from innerloop.learner import MetaLearner, NonFiniteLossError
 from innerloop.training.building import build_device, build_learner, build_tasks
 from innerloop.training.checkpoints import load_checkpoint, save_checkpoint, write_json
 from innerloop.training.config import Config
-from innerloop.training.evaluation import Evaluation, TestResult, evaluate, score, test
+from innerloop.training.evaluation import Evaluation, TestResult, evaluate, score, test_checkpoints
 from innerloop.training.progress import Progress
 from innerloop.training.run_folder import RunFolder
 from innerloop.update_rules import Tensors
@@ -134,14 +134,16 @@ def _train_epoch(
             norm = _clip_and_measure(learner, outer.clip)
             if not torch.isfinite(norm):
                 names = [n for n, p in learner.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-                raise DivergedError(_divergence(folder, iteration, f"the meta-gradient of {', '.join(names)} is {norm}"))
+                raise DivergedError(
+                    _divergence(folder, iteration, f"the meta-gradient of {', '.join(names)} is {norm}")
+                )
             optimizer.step()
             optimizer.zero_grad()
 
             sums.iterations += 1
             sums.loss += float(result.loss)
             if not config.regression:
-                sums.accuracy += score(torch.stack(result.query_outputs), tasks.query.targets, False).accuracy or 0.0
+                sums.accuracy += score(result.query_outputs, tasks.query.targets, False).accuracy or 0.0
             sums.gradient_norm += float(norm)
             sums.gradient_norm_max = max(sums.gradient_norm_max, float(norm))
             elapsed = time.monotonic() - started
@@ -281,7 +283,7 @@ def _test(
             if caught:
                 raise InterruptedRunError(caught[0])
 
-        return test(
+        return test_checkpoints(
             learner,
             best_checkpoints(folder, [epoch for _, epoch in done.best]),
             source,
@@ -314,9 +316,7 @@ def _save(folder: RunFolder, learner: MetaLearner, optimizer: torch.optim.Adam, 
     save_checkpoint(folder.latest, tensors, asdict(done))
 
 
-def _load(
-    folder: RunFolder, learner: MetaLearner, optimizer: torch.optim.Adam, device: torch.device
-) -> Progression:
+def _load(folder: RunFolder, learner: MetaLearner, optimizer: torch.optim.Adam, device: torch.device) -> Progression:
     tensors, state = load_checkpoint(folder.latest, device)
     learner.load_state_dict({n.removeprefix("learner/"): t for n, t in tensors.items() if n.startswith("learner/")})
     slots: dict[int, Tensors] = {}
@@ -329,13 +329,16 @@ def _load(
     if torch.cuda.is_available() and "random/cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random/cuda"].cpu())
     return Progression(
-        state["epoch"], state["seconds"], EpochSums(**state["sums"]), [(value, epoch) for value, epoch in state["best"]]
+        state["epoch"],
+        state["seconds"],
+        EpochSums(**state["sums"]),
+        [(value, epoch) for value, epoch in state["best"]],
     )
 
 
 @contextmanager
 def _signals_noted() -> Iterator[list[int]]:
-    """Note SIGINT and SIGTERM in the list yielded instead of dying in the middle; a second SIGINT interrupts at once."""
+    """Note SIGINT and SIGTERM in the list yielded; a second SIGINT interrupts at once."""
     caught: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -368,7 +371,11 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     return names[0] if names else platform.processor() or "cpu"
 
 
@@ -383,6 +390,7 @@ def _commit() -> str | None:
             capture_output=True,
             text=True,
             timeout=10,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -1,0 +1,159 @@
+"""Runs: what a run folder holds, and that an interrupted run ends as one that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from innerloop.training.checkpoints import load_checkpoint
+from innerloop.training.config import PRESETS, Config, ConfigError
+from innerloop.training.progress import Bar, Progress
+from innerloop.training.run_folder import RunFolder
+from innerloop.training.trainer import DivergedError, InterruptedRunError, outer_rate, train
+
+
+def small(method: str = "maml_plus_plus", **settings: object) -> Config:
+    config = PRESETS["sinusoid"].config(method)
+    return replace(
+        config,
+        method=replace(config.method, inner_steps=2, msl_epochs=2, da_epochs=1, **settings),
+        outer=replace(config.outer, epochs=3, iterations=7, meta_batch=3),
+        evaluation=replace(config.evaluation, val_tasks=5, test_tasks=6, test_steps=3, ensemble=2),
+    )
+
+
+def start(path: Path, config: Config) -> RunFolder:
+    folder = RunFolder(path)
+    folder.create("sinusoid", config)
+    return folder
+
+
+def records(folder: RunFolder) -> list[dict[str, object]]:
+    """The metrics without what a clock measured."""
+    clock = ("seconds", "tasks_per_second")
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in clock}
+        for line in folder.metrics.read_text().splitlines()
+    ]
+
+
+class StoppingProgress(Progress):
+    """Sends this process a signal at the n-th step of any bar."""
+
+    def __init__(self, at: int, number: signal.Signals = signal.SIGINT) -> None:
+        super().__init__(shown=False)
+        self.left, self.number = at, number
+
+    @contextmanager
+    def task(self, name: str, total: int, completed: int = 0) -> Iterator[Bar]:
+        outer = self
+
+        class Stop(Bar):
+            def advance(self, status: str = "") -> None:
+                outer.left -= 1
+                if outer.left == 0:
+                    os.kill(os.getpid(), outer.number)
+
+        yield Stop(None)
+
+
+def test_a_run_folder_holds_what_it_promises(tmp_path: Path) -> None:
+    config = small()
+    folder = start(tmp_path / "run", config)
+    summary = train(folder, "sinusoid", config, Progress(shown=False), "the command")
+    assert folder.read_config() == ("sinusoid", config)
+    lines = records(folder)
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert [line["derivative_order"] for line in lines] == [1, 2, 2]
+    assert lines[0]["loss_weights"] == [0.5, 0.5]
+    assert lines[2]["loss_weights"] == [0.0, 1.0]
+    assert all(len(line["val_losses_per_step"]) == 4 for line in lines)  # steps 0..3
+    assert json.loads(folder.summary.read_text()) == json.loads(json.dumps(summary))
+    assert summary["command"] == "the command"
+    assert len(summary["best_epochs"]) == summary["test"]["members"] == 2
+    kept = {p.name for p in (folder.path / "checkpoints").iterdir()}
+    assert kept == {"latest.safetensors", *(f"epoch-{e:04d}.safetensors" for e in summary["best_epochs"])}
+    losses = {line["epoch"]: line["val_loss"] for line in lines}
+    assert summary["best_epochs"] == sorted(losses, key=lambda e: losses[e])[:2]
+
+
+# 1-7 are iterations of the first epoch, 8-12 its validation, 13-19 iterations, and so on; 37-48 is the test.
+@pytest.mark.parametrize("at", [1, 7, 8, 12, 16, 24, 36, 37, 44])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_and_resumed_run_ends_as_one_never_stopped(
+    tmp_path: Path, at: int, number: signal.Signals, whole: tuple[RunFolder, dict[str, object]]
+) -> None:
+    config = small()
+    folder = start(tmp_path / "stopped", config)
+    with pytest.raises(InterruptedRunError):
+        train(folder, "sinusoid", config, StoppingProgress(at, number))
+    summary = train(folder, "sinusoid", config, Progress(shown=False))
+    whole_folder, whole_summary = whole
+    assert summary["test"] == whole_summary["test"]
+    assert records(folder) == records(whole_folder)
+    mine, _ = load_checkpoint(folder.latest)
+    theirs, _ = load_checkpoint(whole_folder.latest)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[n], theirs[n]) for n in mine)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict[str, object]]:
+    folder = start(tmp_path_factory.mktemp("whole") / "run", small())
+    return folder, train(folder, "sinusoid", small(), Progress(shown=False))
+
+
+def test_training_learns_sinusoids(tmp_path: Path) -> None:
+    config = small("maml", inner_lr=0.02)
+    config = replace(config, outer=replace(config.outer, epochs=2, iterations=400, meta_batch=8))
+    config = replace(config, evaluation=replace(config.evaluation, test_tasks=100))
+    summary = train(start(tmp_path / "run", config), "sinusoid", config, Progress(shown=False))
+    before, *_, after = (step["loss"] for step in summary["test"]["per_step"])
+    assert after < 0.5 * before
+
+
+def test_divergence_names_iteration_and_step_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    config = small("maml")
+    folder = start(tmp_path / "run", config)
+    with pytest.raises(InterruptedRunError):
+        train(folder, "sinusoid", config, StoppingProgress(5))
+    good = folder.latest.read_bytes()
+    # From here on the inner rate is so large that the first inner step leaves the floats.
+    broken = replace(config, method=replace(config.method, inner_lr=1e30))
+    with pytest.raises(DivergedError, match=r"iteration 6: the (support|query) loss of task \d is \S+ at inner step"):
+        train(folder, "sinusoid", broken, Progress(shown=False))
+    assert folder.latest.read_bytes() == good
+
+
+def test_cosine_annealing_is_applied_and_off_without_ca() -> None:
+    config = small()
+    assert outer_rate(config, 0) == config.outer.outer_lr
+    # 3 epochs of 7 iterations: the middle is at iteration 10.5, so 10 and 11 lie symmetrically around it.
+    middle = (config.outer.outer_lr + config.outer.outer_lr_min) / 2
+    assert (outer_rate(config, 10) + outer_rate(config, 11)) / 2 == pytest.approx(middle, rel=1e-12)
+    assert outer_rate(config, 21) == config.outer.outer_lr_min
+    plain = replace(config, method=replace(config.method, ca=False))
+    assert {outer_rate(plain, i) for i in range(22)} == {plain.outer.outer_lr}
+
+
+def test_an_existing_folder_and_a_folder_that_is_no_run_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="exists already"):
+        RunFolder(tmp_path).create("sinusoid", small())
+    with pytest.raises(ConfigError, match="not a run: it has no config"):
+        RunFolder(tmp_path).read_config()
+    for text in ("{", "[]", '{"version": 1}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match="not a run's config"):
+            RunFolder(tmp_path).read_config()
+    (tmp_path / "config.json").write_text('{"version": 9, "preset": "x", "config": {}}')
+    with pytest.raises(ConfigError, match="version 9"):
+        RunFolder(tmp_path).read_config()
