@@ -16,7 +16,7 @@ from innerloop.cli.tables import print_test
 from innerloop.training.building import build_device, build_learner, build_tasks
 from innerloop.training.checkpoints import write_json
 from innerloop.training.config import ConfigError, Count, Positive
-from innerloop.training.evaluation import test_checkpoints
+from innerloop.training.evaluation import evaluate_checkpoints
 from innerloop.training.progress import Progress
 from innerloop.training.run_folder import RunFolder
 from innerloop.training.trainer import best_checkpoints, best_epochs, environment
@@ -68,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
     learner = build_learner(config, device)
     steps = chosen.steps or config.test_steps
     with progress.task(f"{chosen.split} tasks", chosen.tasks * len(epochs)) as bar:
-        result = test_checkpoints(
+        result = evaluate_checkpoints(
             learner,
             best_checkpoints(folder, epochs),
             source,

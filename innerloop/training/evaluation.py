@@ -125,7 +125,7 @@ class TestResult:
         return asdict(self)
 
 
-def test_checkpoints(
+def evaluate_checkpoints(
     learner: MetaLearner,
     checkpoints: Iterator[Tensors],
     source: TaskSource,

@@ -25,7 +25,7 @@ from innerloop.learner import MetaLearner, NonFiniteLossError
 from innerloop.training.building import build_device, build_learner, build_tasks
 from innerloop.training.checkpoints import load_checkpoint, save_checkpoint, write_json
 from innerloop.training.config import Config
-from innerloop.training.evaluation import Evaluation, TestResult, evaluate, score, test_checkpoints
+from innerloop.training.evaluation import Evaluation, TestResult, evaluate, score, evaluate_checkpoints
 from innerloop.training.progress import Progress
 from innerloop.training.run_folder import RunFolder
 from innerloop.update_rules import Tensors
@@ -283,7 +283,7 @@ def _test(
             if caught:
                 raise InterruptedRunError(caught[0])
 
-        return test_checkpoints(
+        return evaluate_checkpoints(
             learner,
             best_checkpoints(folder, [epoch for _, epoch in done.best]),
             source,
