@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -46,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "presets": presets.run,
     }
     from innerloop.training.trainer import DivergedError, InterruptedRunError
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
+    logging.captureWarnings(True)
 
     try:
         return commands[name](rest)

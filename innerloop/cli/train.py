@@ -68,12 +68,11 @@ def run(arguments: Sequence[str]) -> int:
         config = validated(chosen.config)
         time = datetime.now().strftime("%Y%m%d-%H%M%S")
         folder = RunFolder(chosen.out or Path("runs") / f"{preset}-{method}-{time}")
-        folder.create(preset, config)
+        folder.require_unused()
     progress = Progress(shown=not (chosen.json or chosen.quiet))
-    progress.console.print(f"run folder: {folder.path}", highlight=False, soft_wrap=True)
     command = shlex.join(["innerloop", "train", preset, *arguments])
     try:
-        summary = train(folder, preset, config, progress, command)
+        finished = train(folder, preset, config, progress, command)
     except InterruptedRunError:
         progress.console.print(
             f"Saved. Go on with: innerloop train --resume {shlex.quote(str(folder.path))}",
@@ -81,7 +80,8 @@ def run(arguments: Sequence[str]) -> int:
             soft_wrap=True,
         )
         raise
-    figures = write_figures(folder, config)
+    summary = finished.summary
+    figures = write_figures(folder.path, config.test_steps, finished.source, finished.learner)
     if chosen.json:
         print(json.dumps(summary))
     else:

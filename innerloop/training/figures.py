@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from innerloop.data import Sinusoids
-from innerloop.data.episodes import Episodes
+from innerloop.data import Episodes, Sinusoids, TaskSource
 from innerloop.learner import MetaLearner
 from innerloop.reports.figures import (
     CurveTask,
@@ -17,29 +16,21 @@ from innerloop.reports.figures import (
     draw_task,
     write_run_figures,
 )
-from innerloop.training.building import build_device, build_learner, build_tasks
-from innerloop.training.config import Config
-from innerloop.training.run_folder import RunFolder
-from innerloop.training.trainer import best_checkpoints, best_epochs
 
 
-def write_figures(folder: RunFolder, config: Config) -> list[Path]:
-    """Write all figures of a finished run into its ``figures`` folder."""
-    device = build_device(config)
-    source = build_tasks(config, device)
-    learner = build_learner(config, device)
-    learner.load_state_dict(next(best_checkpoints(folder, best_epochs(folder)[:1])))
-    written = write_run_figures(folder.path)
-    figures = folder.path / "figures"
+def write_figures(run: Path, steps: int, source: TaskSource, learner: MetaLearner) -> list[Path]:
+    """Write all figures of a finished run into its ``figures`` folder; ``steps`` inner steps on test tasks."""
+    written = write_run_figures(run)
+    figures = run / "figures"
     if isinstance(source, Sinusoids):
-        tasks = [_curve_task(learner, source, i, config.test_steps) for i in range(3)]
+        tasks = [_curve_task(learner, source, i, steps) for i in range(3)]
         return [*written, draw_adapted_curves(figures / "adapted_curves.png", tasks=tasks)]
     assert isinstance(source, Episodes)
-    picture = _task_picture(learner, source, 0, config.test_steps)
+    picture = _task_picture(learner, source, 0, steps)
     return [
         *written,
         draw_task(figures / "task.png", picture),
-        draw_overview(figures / "overview.png", folder.path, task=picture),
+        draw_overview(figures / "overview.png", run, task=picture),
     ]
 
 

@@ -37,17 +37,26 @@ class RunFolder:
         """Test scores and where they come from; there when the run has ended."""
         return self.path / "summary.json"
 
+    @property
+    def created(self) -> bool:
+        """Whether the run has been started."""
+        return (self.path / "config.json").is_file()
+
+    def require_unused(self) -> None:
+        """Raise ``ConfigError`` if there is something at the path already."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise ConfigError(
+                f"{self.path} exists already. Go on with that run: innerloop train --resume {self.path}; "
+                "or name another folder: --out DIR"
+            )
+
     def create(self, preset: str, config: Config) -> None:
         """Make the folder and write the resolved config.
 
         Raises:
             ConfigError: there is something at the path already.
         """
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise ConfigError(
-                f"{self.path} exists already. Go on with that run: innerloop train --resume {self.path}; "
-                "or name another folder: --out DIR"
-            )
+        self.require_unused()
         (self.path / "checkpoints").mkdir(parents=True)
         write_json(
             self.path / "config.json",

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from innerloop.learner import MetaLearner, NonFiniteLossError
 from innerloop.training.building import build_device, build_learner, build_tasks
 from innerloop.training.checkpoints import load_checkpoint, save_checkpoint, write_json
 from innerloop.training.config import Config
-from innerloop.training.evaluation import Evaluation, TestResult, evaluate, score, evaluate_checkpoints
+from innerloop.training.evaluation import Evaluation, TestResult, evaluate, evaluate_checkpoints, score
 from innerloop.training.progress import Progress
 from innerloop.training.run_folder import RunFolder
 from innerloop.update_rules import Tensors
@@ -69,8 +69,18 @@ class Progression:
     """(validation score, epoch) of the checkpoints kept, the best first; higher is better."""
 
 
-def train(folder: RunFolder, preset: str, config: Config, progress: Progress, command: str = "") -> dict[str, Any]:
-    """Train, or go on training, the run in ``folder`` and test it. Returns its summary.
+class FinishedRun(NamedTuple):
+    """A run that has ended: its summary, the tasks it used, and the learner with its best checkpoint."""
+
+    summary: dict[str, Any]
+    source: TaskSource
+    learner: MetaLearner
+
+
+def train(folder: RunFolder, preset: str, config: Config, progress: Progress, command: str = "") -> FinishedRun:
+    """Train, or go on training, the run in ``folder``, and test it.
+
+    A new run's folder is made once its data and model have been found good.
 
     Raises:
         DivergedError: a loss or the meta-gradient became NaN or infinite; the last good checkpoint is kept.
@@ -82,6 +92,9 @@ def train(folder: RunFolder, preset: str, config: Config, progress: Progress, co
     source = build_tasks(config, device, progress=progress.shown)
     learner = build_learner(config, device)
     optimizer = torch.optim.Adam(learner.parameters(), lr=config.outer.outer_lr)
+    if not folder.created:
+        folder.create(preset, config)
+    progress.console.print(f"run folder: {folder.path}", highlight=False, soft_wrap=True)
     done = Progression()
     if folder.latest.exists():
         done = _load(folder, learner, optimizer, device)
@@ -105,7 +118,8 @@ def train(folder: RunFolder, preset: str, config: Config, progress: Progress, co
         "environment": environment(device),
     }
     write_json(folder.summary, summary)
-    return summary
+    learner.load_state_dict(next(best_checkpoints(folder, summary["best_epochs"])))
+    return FinishedRun(summary, source, learner)
 
 
 def _train_epoch(

@@ -64,7 +64,7 @@ def test_first_order_is_the_query_gradient_at_the_end(steps: int, way: str) -> N
 
 @pytest.mark.parametrize("way", EXACT)
 def test_maml_plus_plus_with_msl_and_rates(way: str) -> None:
-    """K = 3, E = 10, epoch 4: w = 0.2, 0.2, 0.6. d th_k/d alpha_j = -A prod_{i<k, i != j} (I - alpha_i A) (th_0 - th*)."""
+    """d th_k / d alpha_j = -A prod_{i<k, i != j} (I - alpha_i A) (th_0 - th*); at epoch 4 of 10 w = 0.2, 0.2, 0.6."""
     model, (tasks, a, b, c, d) = Point(), one_task()
     learner = make(model, quadratic, maml_plus_plus(inner_steps=3, da_epochs=0, msl_epochs=10), way)
     alphas = [0.1, 0.35, 0.2]

@@ -97,12 +97,10 @@ class OneNorm(nn.Module):
 
 
 def one_norm_tasks() -> Task:
+    support, query = torch.arange(6) % 3, torch.arange(5) % 3
     return stack_tasks(
-        [
-            Task(Examples(torch.randn(6, 3) + i, torch.arange(6) % 3), Examples(torch.randn(5, 3) - i, torch.arange(5) % 3))
-            for i in range(3)
-        ]
-    )  # fmt: skip
+        [Task(Examples(torch.randn(6, 3) + i, support), Examples(torch.randn(5, 3) - i, query)) for i in range(3)]
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)

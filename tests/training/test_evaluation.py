@@ -10,8 +10,7 @@ import torch
 
 from innerloop.training.building import build_device, build_learner, build_tasks
 from innerloop.training.config import PRESETS, ConfigError
-from innerloop.training.evaluation import confidence_interval, evaluate, score
-from innerloop.training.evaluation import evaluate_checkpoints
+from innerloop.training.evaluation import confidence_interval, evaluate, evaluate_checkpoints, score
 
 
 def test_confidence_interval_by_hand() -> None:

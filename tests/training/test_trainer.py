@@ -68,7 +68,7 @@ class StoppingProgress(Progress):
 def test_a_run_folder_holds_what_it_promises(tmp_path: Path) -> None:
     config = small()
     folder = start(tmp_path / "run", config)
-    summary = train(folder, "sinusoid", config, Progress(shown=False), "the command")
+    summary = train(folder, "sinusoid", config, Progress(shown=False), "the command").summary
     assert folder.read_config() == ("sinusoid", config)
     lines = records(folder)
     assert [line["epoch"] for line in lines] == [1, 2, 3]
@@ -95,7 +95,7 @@ def test_a_stopped_and_resumed_run_ends_as_one_never_stopped(
     folder = start(tmp_path / "stopped", config)
     with pytest.raises(InterruptedRunError):
         train(folder, "sinusoid", config, StoppingProgress(at, number))
-    summary = train(folder, "sinusoid", config, Progress(shown=False))
+    summary = train(folder, "sinusoid", config, Progress(shown=False)).summary
     whole_folder, whole_summary = whole
     assert summary["test"] == whole_summary["test"]
     assert records(folder) == records(whole_folder)
@@ -108,14 +108,14 @@ def test_a_stopped_and_resumed_run_ends_as_one_never_stopped(
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict[str, object]]:
     folder = start(tmp_path_factory.mktemp("whole") / "run", small())
-    return folder, train(folder, "sinusoid", small(), Progress(shown=False))
+    return folder, train(folder, "sinusoid", small(), Progress(shown=False)).summary
 
 
 def test_training_learns_sinusoids(tmp_path: Path) -> None:
     config = small("maml", inner_lr=0.02)
     config = replace(config, outer=replace(config.outer, epochs=2, iterations=400, meta_batch=8))
     config = replace(config, evaluation=replace(config.evaluation, test_tasks=100))
-    summary = train(start(tmp_path / "run", config), "sinusoid", config, Progress(shown=False))
+    summary = train(start(tmp_path / "run", config), "sinusoid", config, Progress(shown=False)).summary
     before, *_, after = (step["loss"] for step in summary["test"]["per_step"])
     assert after < 0.5 * before
 
