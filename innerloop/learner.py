@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import reduce
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,7 +22,7 @@ from innerloop.meta_gradients import META_GRADIENTS, GradientMode, TaskGradient
 from innerloop.methods import Method, maml
 from innerloop.network import Loss, Network, Normalisation, evaluating
 from innerloop.per_step import Statistics
-from innerloop.tasks import Examples, Task, meta_batch_size, select_task, stacked
+from innerloop.tasks import Examples, Task, concatenated, meta_batch_size, select_task, stacked
 from innerloop.update_rules import UPDATE_RULES, Tensors
 
 Parallel = Literal["auto", "loop", "vmap"]
@@ -119,6 +120,12 @@ class MetaLearner:
         for group, tensors in self.meta._asdict().items():
             yield from ((f"{group}/{name}", t) for name, t in tensors.items() if t.requires_grad)
 
+    def share_memory(self) -> None:
+        """Move all tensors to shared memory, in place, so that other processes see every update."""
+        for tensors in (*self.meta, *self.statistics):
+            for tensor in tensors.values():
+                tensor.share_memory_()  # type: ignore[no-untyped-call]
+
     def state_dict(self) -> Tensors:
         """Every tensor that is learned or kept, by name: what ``load_state_dict`` takes, and safetensors saves."""
         return {name: t.detach() for name, t in self._state()}
@@ -164,42 +171,52 @@ class MetaLearner:
             TypeError: the loss was not a scalar.
             ValueError: the method needs the epoch, or ``tasks`` is not a meta-batch.
         """
+        return self.accumulate([self.task_gradients(tasks, epoch)], epoch)
+
+    def task_gradients(self, tasks: Task, epoch: float | None = None) -> TaskGradient:
+        """Gradients and losses of a meta-batch, changing nothing: the gradient summed over tasks, all else stacked.
+
+        ``accumulate`` takes it from there, so that the tasks of a meta-batch can be shared out over processes.
+        """
         size = meta_batch_size(tasks)
         if epoch is None and self.method.needs_epoch:
             raise ValueError("this method has MSL or DA, whose schedules need the epoch: backward(tasks, epoch)")
         weights = self.method.loss_weights(epoch or 0)
         second_order = self.method.derivative_order(epoch or 0) == 2
         mode = self.mode if second_order else "first-order"
+        return self._vmapped(mode, tasks, size, weights) or self._looped(mode, tasks, size, weights)
 
-        total, results = self._vmapped(mode, tasks, size, weights) or self._looped(mode, tasks, size, weights)
-        outcome = MetaBatchResult(
-            results.loss.mean(), results.support_losses, results.query_losses, results.query_outputs
-        )
-        _check_finite(outcome, weights)
-        for parameters, gradients in zip(self.meta, total, strict=True):
-            for name, gradient in gradients.items():
-                gradient, parameter = gradient / size, parameters[name]
+    def accumulate(self, parts: Sequence[TaskGradient], epoch: float | None = None) -> MetaBatchResult:
+        """Add what ``task_gradients`` gave for the parts of one meta-batch to ``.grad``, and merge the statistics.
+
+        Raises:
+            NonFiniteLossError: a loss was NaN or infinite; nothing was added.
+        """
+        result = concatenated([_without_gradient(part) for part in parts])
+        outcome = MetaBatchResult(result.loss.mean(), result.support_losses, result.query_losses, result.query_outputs)
+        _check_finite(outcome, self.method.loss_weights(epoch or 0))
+        size = len(result.loss)
+        for group, parameters in self.meta._asdict().items():
+            for name in getattr(parts[0].gradient, group):
+                gradient = reduce(torch.add, [getattr(part.gradient, group)[name] for part in parts]) / size
+                parameter = parameters[name]
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        self.statistics.assign_mean(results.statistics)
+        self.statistics.assign_mean(result.statistics)
         return outcome
 
-    def _looped(
-        self, mode: GradientMode, tasks: Task, size: int, weights: list[float]
-    ) -> tuple[MetaParameters, TaskGradient]:
-        """Sum of the tasks' gradients, and all else stacked, one task after the other."""
+    def _looped(self, mode: GradientMode, tasks: Task, size: int, weights: list[float]) -> TaskGradient:
+        """One task after the other."""
         total: MetaParameters | None = None
         rest: list[TaskGradient] = []
         for i in range(size):
             result = META_GRADIENTS[mode](self.loop, self.meta, self.statistics, select_task(tasks, i), weights)
             total = result.gradient if total is None else pytree.tree_map(torch.add, total, result.gradient)
-            rest.append(result._replace(gradient=MetaParameters({}, {}, {}, {})))
+            rest.append(_without_gradient(result))
         assert total is not None
-        return total, stacked(rest)
+        return stacked(rest)._replace(gradient=total)
 
-    def _vmapped(
-        self, mode: GradientMode, tasks: Task, size: int, weights: list[float]
-    ) -> tuple[MetaParameters, TaskGradient] | None:
-        """The same with all tasks at once; None where tasks are to be looped over."""
+    def _vmapped(self, mode: GradientMode, tasks: Task, size: int, weights: list[float]) -> TaskGradient | None:
+        """All tasks at once; None where tasks are to be looped over."""
         if not self._vmap or mode == "reverse":
             return None
         loop = replace(self.loop, functional=True)
@@ -208,17 +225,17 @@ class MetaLearner:
             return META_GRADIENTS[mode](loop, self.meta, statistics, task, weights)
 
         try:
-            results = vmap(task_gradient, randomness="different")(self.statistics.expanded(size), tasks)
+            result = vmap(task_gradient, randomness="different")(self.statistics.expanded(size), tasks)
         except (RuntimeError, NotImplementedError) as error:
             if self.parallel == "vmap":
                 raise
             warnings.warn(
                 f"{type(self.model).__name__} cannot be vmapped, so tasks are worked through one by one. ({error})",
-                stacklevel=3,
+                stacklevel=4,
             )
             self._vmap = False
             return None
-        return pytree.tree_map(lambda t: t.sum(0), results.gradient), results
+        return result._replace(gradient=pytree.tree_map(lambda t: t.sum(0), result.gradient))
 
     def trajectory(self, support: Examples | tuple[Any, Any], steps: int | None = None) -> Iterator[Tensors]:
         """theta^0 .. theta^steps on a support set, in evaluation mode; ``predict`` calls the model with one of them.
@@ -284,16 +301,20 @@ class MetaLearner:
         return adapted.eval()
 
 
+def _without_gradient(result: TaskGradient) -> TaskGradient:
+    return result._replace(gradient=MetaParameters({}, {}, {}, {}))
+
+
 def _check_finite(outcome: MetaBatchResult, weights: list[float]) -> None:
     """Raise at the first inner step with a loss that is NaN or infinite."""
-    counted = torch.tensor([w != 0 for w in weights], device=outcome.query_losses.device)
-    for which, losses in (("support", outcome.support_losses), ("query", outcome.query_losses[:, counted])):
-        bad = (~losses.isfinite()).nonzero()
-        if len(bad):
-            steps = torch.arange(len(weights), device=counted.device)
-            task, column = min(bad.tolist(), key=lambda b: b[1])
-            step = column if which == "support" else int(steps[counted][column])
-            raise NonFiniteLossError(which, task, step + 1, float(losses[task, column]))
+    computed = torch.tensor([w != 0 for w in weights], device=outcome.query_losses.device)
+    bad_support = ~outcome.support_losses.isfinite()
+    bad_query = ~outcome.query_losses.isfinite() & computed
+    bad = torch.stack([bad_support, bad_query]).nonzero().tolist()  # (which, task, step)
+    if bad:
+        which, task, step = min(bad, key=lambda b: (b[2], b[0], b[1]))
+        losses = (outcome.support_losses, outcome.query_losses)[which]
+        raise NonFiniteLossError(("support", "query")[which], task, step + 1, float(losses[task, step]))
 
 
 def _meta_parameters(model: nn.Module, method: Method) -> MetaParameters:

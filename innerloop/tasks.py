@@ -59,6 +59,14 @@ def stack_tasks(tasks: Sequence[Task]) -> Task:
     return stacked(tasks)
 
 
+def concatenated(trees: Sequence[Tree]) -> Tree:
+    """Nests of equal structure as one, their tensors joined along the first dimension."""
+    tree: Tree = pytree.tree_map(
+        lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], torch.Tensor) else leaves[0], *trees
+    )
+    return tree
+
+
 def stacked(trees: Sequence[Tree]) -> Tree:
     """Nests of equal structure as one whose tensors have a new first dimension; other leaves are the first nest's."""
     tree: Tree = pytree.tree_map(

@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
 from innerloop.cli.tables import print_test
-from innerloop.training.building import build_device, build_learner, build_tasks
+from innerloop.training.building import build_device, build_learner, build_tasks, build_workers
 from innerloop.training.checkpoints import write_json
 from innerloop.training.config import ConfigError, Count, Positive
 from innerloop.training.evaluation import evaluate_checkpoints
@@ -39,7 +38,9 @@ class EvaluateArguments:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
     threads: Count = 0
-    """CPU threads (0: PyTorch's default)."""
+    """CPU threads of each process (0: the cores shared out over the processes)."""
+    processes: Count = 0
+    """Processes that tasks are shared out to, on a CPU (0: one for each core that helps)."""
     json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print the result as JSON on standard output, and no progress."""
 
@@ -58,26 +59,27 @@ def run(arguments: Sequence[str]) -> int:
     config = replace(
         config,
         data=replace(config.data, data=chosen.data or config.data.data),
-        compute=replace(config.compute, device=chosen.device),
+        compute=replace(config.compute, device=chosen.device, threads=chosen.threads, processes=chosen.processes),
     )
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
     progress = Progress(shown=not chosen.json)
     device = build_device(config)
     source = build_tasks(config, device, progress=progress.shown)
     learner = build_learner(config, device)
     steps = chosen.steps or config.test_steps
-    with progress.task(f"{chosen.split} tasks", chosen.tasks * len(epochs)) as bar:
+    with (
+        progress.task(f"{chosen.split} tasks", chosen.tasks * len(epochs)) as bar,
+        build_workers(config, learner, source, device) as workers,
+    ):
         result = evaluate_checkpoints(
-            learner,
+            workers,
             best_checkpoints(folder, epochs),
-            source,
             chosen.split,
             chosen.tasks,
             steps=steps,
             regression=config.regression,
             tick=bar.advance,
         )
+        workers_used = workers.count
     scores = result.to_json()
     record = {
         "version": 1,
@@ -86,7 +88,7 @@ def run(arguments: Sequence[str]) -> int:
         "steps": steps,
         "epochs": epochs,
         "test": scores,
-        "environment": environment(device),
+        "environment": environment(device, workers_used),
     }
     write_json(chosen.run / "evaluation.json", record)
     if chosen.json:

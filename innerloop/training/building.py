@@ -19,6 +19,7 @@ from innerloop.data import (
 )
 from innerloop.learner import MetaLearner
 from innerloop.training.config import Config, ConfigError, DataConfig
+from innerloop.training.workers import Workers, available_cores
 
 # Mean and deviation of ImageNet's channels, as every ImageNet pipeline and the published code use them.
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -91,6 +92,23 @@ def _images(data: DataConfig, seed: int, progress: bool) -> ImageDataset:
         skip_broken=data.skip_broken,
         progress=progress,
     )
+
+
+def build_workers(config: Config, learner: MetaLearner, source: TaskSource, device: torch.device) -> Workers:
+    """The processes that share the work, each with its threads."""
+    cores = available_cores()
+    processes = config.compute.processes
+    if device.type != "cpu":
+        if processes > 1:
+            raise ConfigError(f"--processes {processes} is for the CPU, and this run is on {device}")
+        processes = 1
+    elif not processes:
+        # The sinusoid network is so small that its tasks run as one vmapped computation.
+        processes = 1 if config.regression else min(cores, config.outer.meta_batch)
+    threads = config.compute.threads or max(1, cores // processes)
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+    return Workers(learner, source, processes, threads)
 
 
 def build_learner(config: Config, device: torch.device) -> MetaLearner:

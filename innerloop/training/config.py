@@ -115,7 +115,9 @@ class ComputeConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
     threads: Count = 0
-    """CPU threads (0: PyTorch's default)."""
+    """CPU threads of each process (0: the cores shared out over the processes)."""
+    processes: Count = 0
+    """Processes that the tasks of a meta-batch are shared out to, on a CPU (0: one for each core that helps)."""
     mode: Literal["auto", "reverse", "mixed", "first-order"] = "auto"
     """How meta-gradients are computed: reverse and mixed are exact and agree, mixed needs less memory."""
 

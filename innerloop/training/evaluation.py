@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from innerloop.data import Split, TaskSource
-from innerloop.learner import MetaLearner
+from innerloop.data import Split
 from innerloop.network import Normalisation
+from innerloop.tasks import stacked
+from innerloop.training.workers import TaskOutputs, Workers
 from innerloop.update_rules import Tensors
 
 NORMALISATIONS: tuple[Normalisation, ...] = ("batch", "running")
@@ -48,6 +49,8 @@ class Evaluation:
     last: dict[Normalisation, Score]
     outputs: dict[Normalisation, Tensor]
     """After the last inner step, ``[tasks, query examples, ...]``: what an ensemble averages."""
+    targets: Tensor
+    """``[tasks, query examples, ...]``."""
 
 
 def confidence_interval(values: Tensor) -> float:
@@ -67,44 +70,28 @@ def score(outputs: Tensor, targets: Tensor, regression: bool) -> Score:
 
 
 def evaluate(
-    learner: MetaLearner,
-    source: TaskSource,
+    workers: Workers,
     split: Split,
     tasks: int,
     *,
     steps: int,
     regression: bool,
-    normalisations: Sequence[Normalisation] = NORMALISATIONS,
-    tick: Callable[[], None] = lambda: None,
+    normalisations: tuple[Normalisation, ...] = NORMALISATIONS,
+    tick: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Adapt to the first ``tasks`` tasks of a split and score every inner step on the query sets.
 
-    ``tick`` is called after each task; it may raise to stop.
+    ``tick`` is called with the number of tasks just done; it may raise to stop.
     """
-    per_step: list[list[Tensor]] = [[] for _ in range(steps + 1)]
-    last: dict[Normalisation, list[Tensor]] = {n: [] for n in normalisations}
-    targets: list[Tensor] = []
-    for i in range(tasks):
-        task = source.task(split, i)
-        theta: Tensors = {}
-        for k, theta in enumerate(learner.trajectory(task.support, steps)):
-            per_step[k].append(learner.predict(theta, k, task.query.inputs, "batch"))
-        for normalisation in normalisations:
-            # The trajectory's last prediction was already made in batch normalisation.
-            last[normalisation].append(
-                per_step[steps][-1]
-                if normalisation == "batch"
-                else learner.predict(theta, steps, task.query.inputs, normalisation)
-            )
-        targets.append(task.query.targets)
-        tick()
-    expected = torch.stack(targets)
-    outputs = {n: torch.stack(o) for n, o in last.items()}
-    return Evaluation(
-        [score(torch.stack(o), expected, regression) for o in per_step],
-        {n: score(o, expected, regression) for n, o in outputs.items()},
-        outputs,
-    )
+    done: list[TaskOutputs] = []
+    for part in workers.outputs(split, tasks, steps, normalisations):
+        done += part
+        tick(len(part))
+    everything = stacked(done)
+    targets = everything.targets
+    per_step = [score(everything.per_step[:, k], targets, regression) for k in range(steps + 1)]
+    outputs = {n: everything.running if n == "running" else everything.per_step[:, -1] for n in normalisations}
+    return Evaluation(per_step, {n: score(o, targets, regression) for n, o in outputs.items()}, outputs, targets)
 
 
 @dataclass(frozen=True)
@@ -126,24 +113,23 @@ class TestResult:
 
 
 def evaluate_checkpoints(
-    learner: MetaLearner,
+    workers: Workers,
     checkpoints: Iterator[Tensors],
-    source: TaskSource,
     split: Split,
     tasks: int,
     *,
     steps: int,
     regression: bool,
-    tick: Callable[[], None] = lambda: None,
+    tick: Callable[[int], None] = lambda done: None,
 ) -> TestResult:
-    """Test checkpoints, the best first, one by one and as an ensemble. Leaves the last one in ``learner``."""
+    """Test checkpoints, the best first, one by one and as an ensemble. Leaves the last one in the learner."""
     evaluations: list[Evaluation] = []
     for state in checkpoints:
-        learner.load_state_dict(state)
-        evaluations.append(evaluate(learner, source, split, tasks, steps=steps, regression=regression, tick=tick))
-    targets = torch.stack([source.task(split, i).query.targets for i in range(tasks)])
-    ensemble = {
-        n: score(torch.stack([e.outputs[n] for e in evaluations]).mean(0), targets, regression) for n in NORMALISATIONS
-    }
+        workers.learner.load_state_dict(state)
+        evaluations.append(evaluate(workers, split, tasks, steps=steps, regression=regression, tick=tick))
     best = evaluations[0]
+    ensemble = {
+        n: score(torch.stack([e.outputs[n] for e in evaluations]).mean(0), best.targets, regression)
+        for n in NORMALISATIONS
+    }
     return TestResult(best.last, ensemble, len(evaluations), best.per_step)

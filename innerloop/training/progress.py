@@ -24,10 +24,10 @@ class Bar:
     def __init__(self, progress: RichProgress | None, task: Any = None) -> None:
         self._progress, self._task = progress, task
 
-    def advance(self, status: str = "") -> None:
-        """One more step done; ``status`` is shown beside the bar."""
+    def advance(self, steps: int = 1, status: str = "") -> None:
+        """More steps done; ``status`` is shown beside the bar."""
         if self._progress is not None:
-            self._progress.update(self._task, advance=1, status=status)
+            self._progress.update(self._task, advance=steps, status=status)
 
 
 class Progress:

@@ -22,12 +22,13 @@ import innerloop
 from innerloop import schedules
 from innerloop.data import TaskSource
 from innerloop.learner import MetaLearner, NonFiniteLossError
-from innerloop.training.building import build_device, build_learner, build_tasks
+from innerloop.training.building import build_device, build_learner, build_tasks, build_workers
 from innerloop.training.checkpoints import load_checkpoint, save_checkpoint, write_json
 from innerloop.training.config import Config
 from innerloop.training.evaluation import Evaluation, TestResult, evaluate, evaluate_checkpoints, score
 from innerloop.training.progress import Progress
 from innerloop.training.run_folder import RunFolder
+from innerloop.training.workers import Workers
 from innerloop.update_rules import Tensors
 
 SAVE_EVERY_SECONDS = 30.0
@@ -86,8 +87,6 @@ def train(folder: RunFolder, preset: str, config: Config, progress: Progress, co
         DivergedError: a loss or the meta-gradient became NaN or infinite; the last good checkpoint is kept.
         InterruptedRunError: SIGINT or SIGTERM came; the state is saved.
     """
-    if config.compute.threads:
-        torch.set_num_threads(config.compute.threads)
     device = build_device(config)
     source = build_tasks(config, device, progress=progress.shown)
     learner = build_learner(config, device)
@@ -99,11 +98,13 @@ def train(folder: RunFolder, preset: str, config: Config, progress: Progress, co
     if folder.latest.exists():
         done = _load(folder, learner, optimizer, device)
         folder.keep_metrics_until(done.epoch)
-    with _signals_noted() as caught:
+    with _signals_noted() as caught, build_workers(config, learner, source, device) as workers:
         while done.epoch < config.outer.epochs:
-            _train_epoch(folder, config, source, learner, optimizer, done, progress, caught)
-            _finish_epoch(folder, config, source, learner, optimizer, done, progress, caught)
-        result = _test(folder, config, source, learner, done, progress, caught)
+            _train_epoch(folder, config, workers, optimizer, done, progress, caught)
+            _finish_epoch(folder, config, workers, optimizer, done, progress, caught)
+        result = _test(folder, config, workers, done, progress, caught)
+        processes = workers.count
+    best = [epoch for _, epoch in done.best]
     summary = {
         "version": 1,
         "title": f"{preset}, {config.data.dataset}",
@@ -113,36 +114,35 @@ def train(folder: RunFolder, preset: str, config: Config, progress: Progress, co
         "epochs": done.epoch,
         "iterations": done.epoch * config.outer.iterations,
         "train_seconds": round(done.seconds, 1),
-        "best_epochs": [epoch for _, epoch in done.best],
+        "best_epochs": best,
         "test": result.to_json(),
-        "environment": environment(device),
+        "environment": environment(device, processes),
     }
     write_json(folder.summary, summary)
-    learner.load_state_dict(next(best_checkpoints(folder, summary["best_epochs"])))
+    learner.load_state_dict(next(best_checkpoints(folder, best)))
     return FinishedRun(summary, source, learner)
 
 
 def _train_epoch(
     folder: RunFolder,
     config: Config,
-    source: TaskSource,
-    learner: MetaLearner,
+    workers: Workers,
     optimizer: torch.optim.Adam,
     done: Progression,
     progress: Progress,
     caught: list[int],
 ) -> None:
     """The outer loop's iterations of one epoch, from where it stands."""
-    outer, sums = config.outer, done.sums
+    outer, sums, learner = config.outer, done.sums, workers.learner
     last_save = time.monotonic()
     with progress.task(f"epoch {done.epoch + 1}/{outer.epochs}", outer.iterations, sums.iterations) as bar:
         while sums.iterations < outer.iterations:
             started = time.monotonic()
             iteration = done.epoch * outer.iterations + sums.iterations
             optimizer.param_groups[0]["lr"] = outer_rate(config, iteration)
-            tasks = source.meta_batch("train", iteration * outer.meta_batch, outer.meta_batch)
+            first = iteration * outer.meta_batch
             try:
-                result = learner.backward(tasks, epoch=done.epoch)
+                result = workers.backward(first, outer.meta_batch, done.epoch)
             except NonFiniteLossError as error:
                 raise DivergedError(_divergence(folder, iteration, str(error))) from None
             norm = _clip_and_measure(learner, outer.clip)
@@ -157,13 +157,14 @@ def _train_epoch(
             sums.iterations += 1
             sums.loss += float(result.loss)
             if not config.regression:
-                sums.accuracy += score(result.query_outputs, tasks.query.targets, False).accuracy or 0.0
+                targets = workers.source.meta_batch("train", first, outer.meta_batch).query.targets
+                sums.accuracy += score(result.query_outputs, targets, False).accuracy or 0.0
             sums.gradient_norm += float(norm)
             sums.gradient_norm_max = max(sums.gradient_norm_max, float(norm))
             elapsed = time.monotonic() - started
             sums.seconds += elapsed
             done.seconds += elapsed
-            bar.advance(_status(config, sums))
+            bar.advance(1, _status(config, sums))
             if caught or time.monotonic() - last_save > SAVE_EVERY_SECONDS:
                 _save(folder, learner, optimizer, done)
                 last_save = time.monotonic()
@@ -174,25 +175,24 @@ def _train_epoch(
 def _finish_epoch(
     folder: RunFolder,
     config: Config,
-    source: TaskSource,
-    learner: MetaLearner,
+    workers: Workers,
     optimizer: torch.optim.Adam,
     done: Progression,
     progress: Progress,
     caught: list[int],
 ) -> None:
     """Validate, write the epoch's metrics, keep its checkpoint if it is among the best, and save the state."""
+    learner = workers.learner
     with progress.task("validation", config.evaluation.val_tasks) as bar:
 
-        def tick() -> None:
-            bar.advance()
+        def tick(tasks: int) -> None:
+            bar.advance(tasks)
             if caught:
                 _save(folder, learner, optimizer, done)
                 raise InterruptedRunError(caught[0])
 
         validation = evaluate(
-            learner,
-            source,
+            workers,
             "val",
             config.evaluation.val_tasks,
             steps=config.test_steps,
@@ -283,8 +283,7 @@ def _divergence(folder: RunFolder, iteration: int, what: str) -> str:
 def _test(
     folder: RunFolder,
     config: Config,
-    source: TaskSource,
-    learner: MetaLearner,
+    workers: Workers,
     done: Progression,
     progress: Progress,
     caught: list[int],
@@ -292,15 +291,14 @@ def _test(
     tasks = config.evaluation.test_tasks
     with progress.task("test", tasks * len(done.best)) as bar:
 
-        def tick() -> None:
-            bar.advance()
+        def tick(tasks: int) -> None:
+            bar.advance(tasks)
             if caught:
                 raise InterruptedRunError(caught[0])
 
         return evaluate_checkpoints(
-            learner,
+            workers,
             best_checkpoints(folder, [epoch for _, epoch in done.best]),
-            source,
             "test",
             tasks,
             steps=config.test_steps,
@@ -368,7 +366,7 @@ def _signals_noted() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, processes: int) -> dict[str, Any]:
     """Where a figure was measured."""
     return {
         "innerloop": innerloop.__version__,
@@ -377,6 +375,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "cores": os.cpu_count(),
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "arguments": sys.argv[1:],

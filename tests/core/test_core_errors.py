@@ -114,7 +114,7 @@ def _tasks(support: list[float], query: list[float]) -> Task:
         ([1.0, 1.0, torch.nan], [1.0, 1.0, 1.0], 2, 1, "support"),
         ([1.0, torch.inf, torch.nan], [1.0, 1.0, 1.0], 1, 1, "support"),
         ([1.0, 1.0, 1.0], [1.0, torch.nan, 1.0], 1, 1, "query"),
-        ([1.0, 1e100, 1.0], [1.0, 1.0, 1.0], 1, 2, "support"),  # w_1 ~ 1e199: its square is beyond float64
+        ([1.0, 1e100, 1.0], [1.0, 1e-100, 1.0], 1, 2, "support"),  # w_1 ~ 1e199: its square is beyond float64
         ([1.0, 1e70, 1.0], [1.0, 1e200, 1.0], 1, 1, "query"),  # support loss infinite at step 3, query loss at step 1
     ],
 )

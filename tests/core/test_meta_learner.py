@@ -179,3 +179,47 @@ def test_stacking_and_selecting_tasks() -> None:
     assert one.query.inputs.equal(tasks[i].query.inputs)
     with pytest.raises(ValueError, match="at least one task"):
         stack_tasks([])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_parts_of_a_meta_batch_add_up_to_the_whole(way: str) -> None:
+    """Tasks shared out unevenly give the same as one backward; nothing changes until the parts are added."""
+    tasks = CONV.tasks(3)
+    whole = scramble(make(CONV.model(), CONV.loss, PLUS_PLUS, way))
+    expected = whole.backward(tasks, epoch=0)
+    learner = scramble(make(CONV.model(), CONV.loss, PLUS_PLUS, way))
+    before = statistics(learner)
+    parts = [torch.utils._pytree.tree_map(lambda t, s=s: t[s], tasks) for s in (slice(0, 2), slice(2, 3))]
+    given = [learner.task_gradients(part, epoch=0) for part in parts]
+    assert all(t.grad is None for t in learner.parameters())
+    assert all(t.equal(before[n]) for n, t in statistics(learner).items())
+    result = learner.accumulate(given, epoch=0)
+    torch.testing.assert_close(result.loss, expected.loss, rtol=1e-13, atol=0)
+    torch.testing.assert_close(result.query_losses, expected.query_losses, rtol=1e-12, atol=0)
+    torch.testing.assert_close(result.support_losses, expected.support_losses, rtol=1e-12, atol=0)
+    assert relative_difference(gradients(learner), gradients(whole)) < 1e-12
+    for name, value in statistics(learner).items():
+        torch.testing.assert_close(value, statistics(whole)[name], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("width", "vmapped"), [(8, True), (3000, False)])
+def test_automatic_choices(width: int, vmapped: bool) -> None:
+    """Mixed mode; small models are vmapped: the support loss then sees a tensor of all tasks."""
+    seen = []
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        seen.append(torch._C._functorch.is_batchedtensor(targets))
+        return torch.nn.functional.mse_loss(outputs, targets)
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.Tanh(), torch.nn.Linear(width, 1))
+    case = CASES["mlp_regressor"]
+    learner = MetaLearner(model, loss, maml(inner_steps=2))
+    learner.backward(case.tasks())
+    assert any(seen) == vmapped
+    found = gradients(learner)
+    exact = MetaLearner(model, torch.nn.functional.mse_loss, maml(inner_steps=2), "reverse")
+    for p in model.parameters():
+        p.grad = None
+    exact.backward(case.tasks())
+    assert relative_difference(found, gradients(exact)) < 1e-9

@@ -11,6 +11,7 @@ import torch
 from innerloop.training.building import build_device, build_learner, build_tasks
 from innerloop.training.config import PRESETS, ConfigError
 from innerloop.training.evaluation import confidence_interval, evaluate, evaluate_checkpoints, score
+from innerloop.training.workers import Workers
 
 
 def test_confidence_interval_by_hand() -> None:
@@ -48,7 +49,7 @@ def test_evaluation_and_ensemble_are_those_of_the_outputs() -> None:
     outputs = []
     for state in states:
         learner.load_state_dict(state)
-        result = evaluate(learner, source, "test", 4, steps=3, regression=True)
+        result = evaluate(Workers(learner, source), "test", 4, steps=3, regression=True)
         outputs.append(result.outputs["batch"])
         assert len(result.per_step) == 4
         assert result.per_step[3] == result.last["batch"]
@@ -56,7 +57,7 @@ def test_evaluation_and_ensemble_are_those_of_the_outputs() -> None:
             [learner.adapt(source.task("test", i).support, 3)(source.task("test", i).query.inputs) for i in range(4)]
         )
         torch.testing.assert_close(result.outputs["batch"], adapted.detach())
-    tested = evaluate_checkpoints(learner, iter(states), source, "test", 4, steps=3, regression=True)
+    tested = evaluate_checkpoints(Workers(learner, source), iter(states), "test", 4, steps=3, regression=True)
     targets = torch.stack([source.task("test", i).query.targets for i in range(4)])
     assert tested.ensemble["batch"] == score((outputs[0] + outputs[1]) / 2, targets, True)
     assert tested.best["batch"] == score(outputs[0], targets, True)
