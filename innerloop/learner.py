@@ -227,7 +227,7 @@ class MetaLearner:
         try:
             result = vmap(task_gradient, randomness="different")(self.statistics.expanded(size), tasks)
         except (RuntimeError, NotImplementedError) as error:
-            if self.parallel == "vmap":
+            if self.parallel == "vmap" or isinstance(error, torch.OutOfMemoryError):
                 raise
             warnings.warn(
                 f"{type(self.model).__name__} cannot be vmapped, so tasks are worked through one by one. ({error})",
@@ -243,15 +243,22 @@ class MetaLearner:
         Support sets are always normalised with their own batch's statistics, as in training. ``steps`` defaults to
         those of training; more go on with the last step's rates, norm weights and statistics.
         """
-        steps = self.method.inner_steps if steps is None else steps
-        walk = self.loop.trajectory(self.meta, self.statistics, Examples(*support), steps)
+        # The inner loop takes gradients, also where the caller has switched autograd off.
+        with torch.inference_mode(False):
+            support = pytree.tree_map_only(torch.Tensor, lambda t: t.clone() if t.is_inference() else t, support)
+        walk = self.loop.trajectory(self.meta, self.statistics, Examples(*support), self._steps(steps))
         while True:
-            # The model's mode is set for one step at a time: the caller may use the model in between.
-            with evaluating(self.model, "batch"):
+            # The modes are set for one step at a time: the caller may use the model in between.
+            with torch.inference_mode(False), evaluating(self.model, "batch"):
                 theta = next(walk, None)
             if theta is None:
                 return
             yield theta
+
+    def _steps(self, steps: int | None) -> int:
+        if steps is not None and steps < 0:
+            raise ValueError(f"steps must be 0 or more, got {steps}")
+        return self.method.inner_steps if steps is None else steps
 
     @torch.no_grad()
     def predict(
@@ -282,7 +289,7 @@ class MetaLearner:
             normalisation: ``"batch"``: norm layers use the statistics of whatever batch they are given, also in
                 evaluation mode; ``"running"``: the meta-trained running statistics.
         """
-        steps = self.method.inner_steps if steps is None else steps
+        steps = self._steps(steps)
         *_, theta = self.trajectory(support, steps)
         adapted = copy.deepcopy(self.model)
         last = max(steps - 1, 0)

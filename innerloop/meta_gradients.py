@@ -11,7 +11,7 @@
        d alpha_k = - g_k * lambda_{k+1}                     summed to alpha's shape
        d psi     = - d/dpsi <g_k, alpha_k * lambda_{k+1}>   any other meta-parameter of the support loss
 
-   H_k u and the psi term come from one forward-over-reverse product, jvp(grad L). No graph outlives a step.
+   H_k u and the psi term come from one forward-over-reverse product, the tangent of grad L. No graph outlives a step.
 3. ``first-order``: the same walk without the H and psi terms (FOMAML).
 """
 
@@ -25,6 +25,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import grad, jvp, vjp
 from torch.utils import _pytree as pytree
 
@@ -146,7 +147,7 @@ def _adjoint_walk(
         support = loop.gradient(theta, psi, statistics, k, task.support)
         statistics = support.statistics
         step = _Step(theta, state, support.theta, buffers, randomness, {}, {})
-        theta, state = loop.update(theta, state, support.theta, rates, k)
+        theta, state = loop.step(theta, state, support.theta, rates, k)
         record.support_losses.append(support.loss)
         if weight:
             query = loop.gradient(theta, psi, statistics, k, task.query, with_fixed=True)
@@ -203,10 +204,12 @@ def _hessian_vector_product(
     fixed = detached(fixed)
     model = loop.network.model
     if loop.functional:
-        return _forward_over_reverse(support_loss, step.theta, fixed, support.targets, u)
+        return _functional_forward_over_reverse(support_loss, step.theta, fixed, support.targets, u)
     if model not in _WITHOUT_FORWARD_MODE:
         try:
             return _forward_over_reverse(support_loss, step.theta, fixed, support.targets, u)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, NotImplementedError) as error:
             warnings.warn(
                 f"{type(model).__name__} has an operation without forward-mode derivatives, so mixed mode "
@@ -225,18 +228,51 @@ SupportLoss = Callable[[Tensors, Tensors, Any], Tensor]
 def _forward_over_reverse(
     support_loss: SupportLoss, theta: Tensors, fixed: Tensors, targets: Any, u: Tensors
 ) -> tuple[Tensors, Tensors]:
+    """Dual numbers through ordinary autograd: the operations, and so the dropout masks, are those of the walk.
+
+    (``torch.func`` takes another path through dropout and draws other masks from the same state.)
+    """
+    with forward_ad.dual_level(), torch.enable_grad():
+        theta = {n: _dual(t.detach().requires_grad_(), u[n]) for n, t in theta.items()}
+        fixed = {n: t.detach().requires_grad_() for n, t in fixed.items()}
+        # Real-valued targets get a tangent of zeros: F.mse_loss fails on the symbolic zero that constants have.
+        targets = pytree.tree_map_only(_is_real, lambda t: _dual(t, torch.zeros_like(t)), targets)
+        loss = support_loss(theta, fixed, targets)
+        # create_graph: some backward formulas have a tangent only where they are differentiable themselves.
+        sources = {**theta, **fixed}
+        gradients = torch.autograd.grad(loss, list(sources.values()), create_graph=True, materialize_grads=True)
+        tangents = [forward_ad.unpack_dual(g).tangent for g in gradients]  # type: ignore[no-untyped-call]
+        products = {
+            name: torch.zeros_like(gradient) if tangent is None else tangent.detach()
+            for name, gradient, tangent in zip(sources, gradients, tangents, strict=True)
+        }
+    return {n: products[n] for n in theta}, {n: products[n] for n in fixed}
+
+
+def _dual(value: Tensor, tangent: Tensor) -> Tensor:
+    dual: Tensor = forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call]
+    return dual
+
+
+def _functional_forward_over_reverse(
+    support_loss: SupportLoss, theta: Tensors, fixed: Tensors, targets: Any, u: Tensors
+) -> tuple[Tensors, Tensors]:
+    """The same by ``torch.func``, which ``vmap`` needs."""
     leaves, structure = pytree.tree_flatten(targets)
-    real = {i: t for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point()}
+    real = {i: t for i, t in enumerate(leaves) if _is_real(t)}
 
     def gradients(theta: Tensors, real: dict[int, Tensor]) -> tuple[Tensors, Tensors]:
         targets = pytree.tree_unflatten([real.get(i, t) for i, t in enumerate(leaves)], structure)
         both: tuple[Tensors, Tensors] = grad(support_loss, argnums=(0, 1))(theta, fixed, targets)
         return both
 
-    # Real-valued targets get a tangent of zeros: F.mse_loss fails on the symbolic zero that constants have.
     zeros = {i: torch.zeros_like(t) for i, t in real.items()}
     products: tuple[Tensors, Tensors] = jvp(gradients, (theta, real), (u, zeros))[1]
     return products
+
+
+def _is_real(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 def _reverse_over_reverse(

@@ -55,7 +55,7 @@ class Network:
                 f"the loss must be a floating-point tensor without dimensions, got {found}; "
                 "reduce it first, for example with .mean()"
             )
-        return loss, outputs, buffers
+        return loss, outputs, {name: b.detach() for name, b in buffers.items()}
 
 
 @contextmanager

@@ -82,8 +82,11 @@ class Statistics(NamedTuple):
         """Take over, in place, what the tasks of a meta-batch left behind (``[T, ...]``): the mean of their copies.
 
         Counters (integer buffers such as ``num_batches_tracked``) are the same in every task; the largest is taken.
+        What every task left alike stays so to the bit: the mean of equal numbers can differ from them by rounding.
         """
         for own, copies in zip(self, tasks, strict=True):
             for name, value in own.items():
                 left = copies[name]
-                value.copy_(left.mean(0) if value.is_floating_point() else left.amax(0))
+                alike = (left == left[0]).all(0)
+                merged = left.mean(0) if value.is_floating_point() else left.amax(0)
+                value.copy_(torch.where(alike, left[0], merged))

@@ -115,8 +115,8 @@ def build_learner(config: Config, device: torch.device) -> MetaLearner:
     """The config's network with freshly drawn weights, in a MetaLearner of its method."""
     torch.manual_seed(config.compute.seed)
     network = _network(config).to(device)
-    if device.type == "cpu" and config.network.network != "mlp":
-        # Convolutions of these shapes run up to three times faster channels-last on CPUs.
+    if device.type == "cpu":
+        # Convolutions of these shapes run two to three times faster channels-last on CPUs.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loss = F.mse_loss if config.regression else F.cross_entropy
     return MetaLearner(network, loss, config.method, config.compute.mode)

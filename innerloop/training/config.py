@@ -241,10 +241,10 @@ def _mini_imagenet(shots: int) -> Preset:
 PRESETS: dict[str, Preset] = {
     "quickstart": Preset(
         about="MAML++ on embedded strokes, 5-way 1-shot: no data needed, minutes on two cores",
-        method_settings={"msl_epochs": 4, "da_epochs": 6, "inner_steps": 3},
+        method_settings={"msl_epochs": 5, "da_epochs": 9, "inner_steps": 3},
         data={"queries": 3},
         network={"filters": 32},
-        outer={"meta_batch": 4, "epochs": 8, "iterations": 75, "outer_lr": 2e-3},
+        outer={"meta_batch": 4, "epochs": 10, "iterations": 150, "outer_lr": 2e-3},
         evaluation={"val_tasks": 100},
     ),
     "omniglot-5way-1shot": _omniglot(5, 1),
@@ -254,9 +254,9 @@ PRESETS: dict[str, Preset] = {
     "omniglot-5way-1shot-short": replace(
         _omniglot(5, 1),
         about="Omniglot 5-way 1-shot in under 40 minutes on two cores",
-        method_settings={"msl_epochs": 6, "da_epochs": 16},
-        outer={"epochs": 20, "iterations": 200},
-        evaluation={"val_tasks": 200},
+        method_settings={"msl_epochs": 6, "da_epochs": 19},
+        outer={"epochs": 21, "iterations": 300, "outer_lr": 2e-3},
+        evaluation={"val_tasks": 100},
     ),
     "omniglot-20way-1shot-short": replace(
         _omniglot(20, 1),

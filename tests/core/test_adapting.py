@@ -208,3 +208,20 @@ def test_adapting_and_meta_training_walk_the_same_path(rule: str) -> None:
     result = learner.backward(tasks, epoch=0)
     torch.testing.assert_close(result.query_losses[0], torch.stack(losses[1:]), rtol=1e-9, atol=0)
     assert all(g.isfinite().all() for g in gradients(learner).values())
+
+
+def test_adapting_works_where_autograd_is_switched_off() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    learner = MetaLearner(model, nn.functional.mse_loss, maml(inner_steps=2))
+    inputs, targets = torch.randn(5, 3), torch.randn(5, 2)
+    expected = learner.adapt((inputs, targets))(inputs)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(learner.adapt((inputs.clone(), targets.clone()))(inputs), expected)
+
+
+def test_a_negative_number_of_steps_is_refused() -> None:
+    learner = MetaLearner(nn.Linear(3, 2), nn.functional.mse_loss)
+    with pytest.raises(ValueError, match="steps must be 0 or more, got -1"):
+        learner.adapt((torch.randn(5, 3), torch.randn(5, 2)), steps=-1)
