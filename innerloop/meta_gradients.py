@@ -29,6 +29,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vjp
 from torch.utils import _pytree as pytree
 
+from innerloop.batch_norm import ClosedFormBatchNorm
 from innerloop.inner_loop import InnerLoop, MetaParameters, State, detached
 from innerloop.network import random_state, replayed_randomness, set_random_state
 from innerloop.per_step import Statistics
@@ -232,7 +233,7 @@ def _forward_over_reverse(
 
     (``torch.func`` takes another path through dropout and draws other masks from the same state.)
     """
-    with forward_ad.dual_level(), torch.enable_grad():
+    with forward_ad.dual_level(), torch.enable_grad(), ClosedFormBatchNorm():
         theta = {n: _dual(t.detach().requires_grad_(), u[n]) for n, t in theta.items()}
         fixed = {n: t.detach().requires_grad_() for n, t in fixed.items()}
         # Real-valued targets get a tangent of zeros: F.mse_loss fails on the symbolic zero that constants have.

@@ -79,7 +79,7 @@ def run(arguments: Sequence[str]) -> int:
             regression=config.regression,
             tick=bar.advance,
         )
-        workers_used = workers.count
+        measured_on = environment(device, workers.count)
     scores = result.to_json()
     record = {
         "version": 1,
@@ -88,7 +88,7 @@ def run(arguments: Sequence[str]) -> int:
         "steps": steps,
         "epochs": epochs,
         "test": scores,
-        "environment": environment(device, workers_used),
+        "environment": measured_on,
     }
     write_json(chosen.run / "evaluation.json", record)
     if chosen.json:

@@ -71,7 +71,11 @@ class Progress:
         self.console.print(
             f"epoch {record['epoch']}/{epochs}  {figures} ({record['val_tasks']} tasks)  "
             f"order {record['derivative_order']}  outer rate {record['outer_lr']:.1e}  "
-            f"{record['tasks_per_second']:.1f} tasks/s  about {left / 60:.0f} min left",
+            f"{record['tasks_per_second']:.1f} tasks/s  about {_duration(left)} left",
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

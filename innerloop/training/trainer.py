@@ -99,11 +99,11 @@ def train(folder: RunFolder, preset: str, config: Config, progress: Progress, co
         done = _load(folder, learner, optimizer, device)
         folder.keep_metrics_until(done.epoch)
     with _signals_noted() as caught, build_workers(config, learner, source, device) as workers:
+        measured_on = environment(device, workers.count)
         while done.epoch < config.outer.epochs:
             _train_epoch(folder, config, workers, optimizer, done, progress, caught)
             _finish_epoch(folder, config, workers, optimizer, done, progress, caught)
         result = _test(folder, config, workers, done, progress, caught)
-        processes = workers.count
     best = [epoch for _, epoch in done.best]
     summary = {
         "version": 1,
@@ -116,7 +116,7 @@ def train(folder: RunFolder, preset: str, config: Config, progress: Progress, co
         "train_seconds": round(done.seconds, 1),
         "best_epochs": best,
         "test": result.to_json(),
-        "environment": environment(device, processes),
+        "environment": measured_on,
     }
     write_json(folder.summary, summary)
     learner.load_state_dict(next(best_checkpoints(folder, best)))
