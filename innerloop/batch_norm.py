@@ -50,7 +50,7 @@ def _batch_norm(
     if not training or weight is None or bias is None:
         with torch._C.DisableTorchFunction():
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    y: Tensor = _BatchNorm.apply(input, weight, bias, eps)[0]
+    y: Tensor = _BatchNorm.apply(input, weight, bias, eps)[0]  # type: ignore[no-untyped-call]
     return y
 
 
@@ -81,7 +81,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Optional, ...]:
         x, gamma, mean, r = ctx.saved_tensors
-        return (*_BatchNormGradient.apply(dy, x, gamma, mean, r, ctx.eps), None)
+        return (*_BatchNormGradient.apply(dy, x, gamma, mean, r, ctx.eps), None)  # type: ignore[no-untyped-call]
 
 
 class _BatchNormGradient(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The README's loop, run as it stands there."""
+"""The README's loop, run as it stands there, and its figures, quoted from the records."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+def test_the_readmes_figures_are_those_of_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import record
+
+    assert record.quote(README.read_text()) == README.read_text()
 
 
 def test_the_readmes_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
