@@ -15,10 +15,11 @@ from innerloop.cli.tables import print_test
 from innerloop.training.building import build_device, build_learner, build_tasks, build_workers
 from innerloop.training.checkpoints import write_json
 from innerloop.training.config import ConfigError, Count, Positive
+from innerloop.training.environment import environment
 from innerloop.training.evaluation import evaluate_checkpoints
 from innerloop.training.progress import Progress
 from innerloop.training.run_folder import RunFolder
-from innerloop.training.trainer import best_checkpoints, best_epochs, environment
+from innerloop.training.trainer import best_checkpoints, best_epochs
 
 
 @dataclass(frozen=True)

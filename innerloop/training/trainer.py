@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import platform
+import math
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-import innerloop
 from innerloop import schedules
 from innerloop.data import TaskSource
 from innerloop.learner import MetaLearner, NonFiniteLossError
 from innerloop.training.building import build_device, build_learner, build_tasks, build_workers
 from innerloop.training.checkpoints import load_checkpoint, save_checkpoint, write_json
 from innerloop.training.config import Config
+from innerloop.training.environment import environment
 from innerloop.training.evaluation import Evaluation, TestResult, evaluate, evaluate_checkpoints, score
 from innerloop.training.progress import Progress
 from innerloop.training.run_folder import RunFolder
@@ -94,16 +89,16 @@ def train(folder: RunFolder, preset: str, config: Config, progress: Progress, co
     if not folder.created:
         folder.create(preset, config)
     progress.console.print(f"run folder: {folder.path}", highlight=False, soft_wrap=True)
-    done = Progression()
-    if folder.latest.exists():
-        done = _load(folder, learner, optimizer, device)
-        folder.keep_metrics_until(done.epoch)
     with _signals_noted() as caught, build_workers(config, learner, source, device) as workers:
         measured_on = environment(device, workers.count)
-        while done.epoch < config.outer.epochs:
-            _train_epoch(folder, config, workers, optimizer, done, progress, caught)
-            _finish_epoch(folder, config, workers, optimizer, done, progress, caught)
-        result = _test(folder, config, workers, done, progress, caught)
+        training = _Training(folder, config, workers, optimizer, progress, caught)
+        if folder.latest.exists():
+            training.load(device)
+        while training.done.epoch < config.outer.epochs:
+            training.run_epoch()
+            training.finish_epoch()
+        result = training.test()
+    done = training.done
     best = [epoch for _, epoch in done.best]
     summary = {
         "version": 1,
@@ -123,122 +118,187 @@ def train(folder: RunFolder, preset: str, config: Config, progress: Progress, co
     return FinishedRun(summary, source, learner)
 
 
-def _train_epoch(
-    folder: RunFolder,
-    config: Config,
-    workers: Workers,
-    optimizer: torch.optim.Adam,
-    done: Progression,
-    progress: Progress,
-    caught: list[int],
-) -> None:
-    """The outer loop's iterations of one epoch, from where it stands."""
-    outer, sums, learner = config.outer, done.sums, workers.learner
-    last_save = time.monotonic()
-    with progress.task(f"epoch {done.epoch + 1}/{outer.epochs}", outer.iterations, sums.iterations) as bar:
-        while sums.iterations < outer.iterations:
-            started = time.monotonic()
-            iteration = done.epoch * outer.iterations + sums.iterations
-            optimizer.param_groups[0]["lr"] = outer_rate(config, iteration)
-            first = iteration * outer.meta_batch
-            try:
-                result = workers.backward(first, outer.meta_batch, done.epoch)
-            except NonFiniteLossError as error:
-                raise DivergedError(_divergence(folder, iteration, str(error))) from None
-            norm = _clip_and_measure(learner, outer.clip)
-            if not torch.isfinite(norm):
-                names = [n for n, p in learner.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-                raise DivergedError(
-                    _divergence(folder, iteration, f"the meta-gradient of {', '.join(names)} is {norm}")
-                )
-            optimizer.step()
-            optimizer.zero_grad()
+@dataclass
+class _Training:
+    """A run in progress."""
 
-            sums.iterations += 1
-            sums.loss += float(result.loss)
-            if not config.regression:
-                targets = workers.source.meta_batch("train", first, outer.meta_batch).query.targets
-                sums.accuracy += score(result.query_outputs, targets, False).accuracy or 0.0
-            sums.gradient_norm += float(norm)
-            sums.gradient_norm_max = max(sums.gradient_norm_max, float(norm))
-            elapsed = time.monotonic() - started
-            sums.seconds += elapsed
-            done.seconds += elapsed
-            bar.advance(1, _status(config, sums))
-            if caught or time.monotonic() - last_save > SAVE_EVERY_SECONDS:
-                _save(folder, learner, optimizer, done)
-                last_save = time.monotonic()
-            if caught:
-                raise InterruptedRunError(caught[0])
+    folder: RunFolder
+    config: Config
+    workers: Workers
+    optimizer: torch.optim.Adam
+    progress: Progress
+    caught: list[int]
+    """Signals that ask the run to stop."""
+    done: Progression = field(default_factory=Progression)
 
+    @property
+    def learner(self) -> MetaLearner:
+        return self.workers.learner
 
-def _finish_epoch(
-    folder: RunFolder,
-    config: Config,
-    workers: Workers,
-    optimizer: torch.optim.Adam,
-    done: Progression,
-    progress: Progress,
-    caught: list[int],
-) -> None:
-    """Validate, write the epoch's metrics, keep its checkpoint if it is among the best, and save the state."""
-    learner = workers.learner
-    with progress.task("validation", config.evaluation.val_tasks) as bar:
+    def run_epoch(self) -> None:
+        """The outer loop's iterations of one epoch, from where it stands."""
+        outer, done, sums = self.config.outer, self.done, self.done.sums
+        last_save = time.monotonic()
+        with self.progress.task(f"epoch {done.epoch + 1}/{outer.epochs}", outer.iterations, sums.iterations) as bar:
+            while sums.iterations < outer.iterations:
+                started = time.monotonic()
+                self._outer_update(done.epoch * outer.iterations + sums.iterations)
+                elapsed = time.monotonic() - started
+                sums.seconds += elapsed
+                done.seconds += elapsed
+                bar.advance(1, self._status())
+                if self.caught or time.monotonic() - last_save > SAVE_EVERY_SECONDS:
+                    self.save()
+                    last_save = time.monotonic()
+                if self.caught:
+                    raise InterruptedRunError(self.caught[0])
 
-        def tick(tasks: int) -> None:
-            bar.advance(tasks)
-            if caught:
-                _save(folder, learner, optimizer, done)
-                raise InterruptedRunError(caught[0])
+    def _outer_update(self, iteration: int) -> None:
+        """One meta-batch: its meta-gradient, and a step of the outer optimiser."""
+        outer, sums = self.config.outer, self.done.sums
+        self.optimizer.param_groups[0]["lr"] = outer_rate(self.config, iteration)
+        first = iteration * outer.meta_batch
+        try:
+            result = self.workers.backward(first, outer.meta_batch, self.done.epoch)
+        except NonFiniteLossError as error:
+            raise self._diverged(iteration, str(error)) from None
+        gradients = {n: p.grad for n, p in self.learner.named_parameters() if p.grad is not None}
+        norm = float(torch.nn.utils.get_total_norm(gradients.values()))
+        if not math.isfinite(norm):
+            names = [n for n, g in gradients.items() if not g.isfinite().all()]
+            raise self._diverged(iteration, f"the meta-gradient of {', '.join(names)} is not finite")
+        if outer.clip:  # as MAML++ does on mini-ImageNet
+            torch.nn.utils.clip_grad_value_(self.learner.parameters(), outer.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
-        validation = evaluate(
-            workers,
-            "val",
-            config.evaluation.val_tasks,
-            steps=config.test_steps,
-            regression=config.regression,
-            normalisations=("batch",),
-            tick=tick,
+        sums.iterations += 1
+        sums.loss += float(result.loss)
+        if not self.config.regression:
+            targets = self.workers.source.meta_batch("train", first, outer.meta_batch).query.targets
+            sums.accuracy += score(result.query_outputs, targets, False).accuracy or 0.0
+        sums.gradient_norm += norm
+        sums.gradient_norm_max = max(sums.gradient_norm_max, norm)
+
+    def finish_epoch(self) -> None:
+        """Validate, write the epoch's metrics, keep its checkpoint if it is among the best, and save the state."""
+        done, folder, members = self.done, self.folder, self.config.evaluation.ensemble
+        record = self._metrics(self._validate())
+        done.epoch += 1
+        done.sums = EpochSums()
+        value = -record["val_loss"] if record["val_accuracy"] is None else record["val_accuracy"]
+        value = value if math.isfinite(value) else -math.inf
+        ranked = sorted([*done.best, (value, done.epoch)], key=lambda b: (-b[0], -b[1]))
+        done.best, dropped = ranked[:members], ranked[members:]
+        if (value, done.epoch) in done.best:
+            state = {"epoch": done.epoch, "val": value}
+            save_checkpoint(folder.epoch_checkpoint(done.epoch), self.learner.state_dict(), state)
+        folder.append_metrics(record)
+        self.save()
+        for _, epoch in dropped:
+            folder.epoch_checkpoint(epoch).unlink(missing_ok=True)
+        self.progress.epoch(record, self.config.outer.epochs)
+
+    def _validate(self) -> Evaluation:
+        tasks = self.config.evaluation.val_tasks
+        with self.progress.task("validation", tasks) as bar:
+
+            def tick(done: int) -> None:
+                bar.advance(done)
+                if self.caught:
+                    self.save()
+                    raise InterruptedRunError(self.caught[0])
+
+            steps, regression = self.config.test_steps, self.config.regression
+            return evaluate(
+                self.workers, "val", tasks, steps=steps, regression=regression, normalisations=("batch",), tick=tick
+            )
+
+    def test(self) -> TestResult:
+        """Test the checkpoints best on validation. The state was saved when the last epoch ended."""
+        tasks, epochs = self.config.evaluation.test_tasks, [epoch for _, epoch in self.done.best]
+        with self.progress.task("test", tasks * len(epochs)) as bar:
+
+            def tick(done: int) -> None:
+                bar.advance(done)
+                if self.caught:
+                    raise InterruptedRunError(self.caught[0])
+
+            steps, regression = self.config.test_steps, self.config.regression
+            checkpoints = best_checkpoints(self.folder, epochs)
+            return evaluate_checkpoints(
+                self.workers, checkpoints, "test", tasks, steps=steps, regression=regression, tick=tick
+            )
+
+    def _metrics(self, validation: Evaluation) -> dict[str, Any]:
+        config, done, sums, last = self.config, self.done, self.done.sums, validation.last["batch"]
+        iterations = done.epoch * config.outer.iterations + sums.iterations
+        first_order = self.learner.mode == "first-order"
+        return {
+            "epoch": done.epoch + 1,
+            "iterations": iterations,
+            "seconds": round(done.seconds, 3),
+            "tasks_per_second": round(self._speed(), 2),
+            "outer_lr": outer_rate(config, iterations - 1),
+            "derivative_order": 1 if first_order else config.method.derivative_order(done.epoch),
+            "loss_weights": config.method.loss_weights(done.epoch),
+            "train_loss": sums.loss / sums.iterations,
+            "train_accuracy": None if config.regression else sums.accuracy / sums.iterations,
+            "val_loss": last.loss,
+            "val_accuracy": last.accuracy,
+            "val_interval": last.interval,
+            "val_tasks": last.tasks,
+            "val_losses_per_step": [s.loss for s in validation.per_step],
+            "val_accuracies_per_step": None if config.regression else [s.accuracy for s in validation.per_step],
+            "gradient_norm_mean": sums.gradient_norm / sums.iterations,
+            "gradient_norm_max": sums.gradient_norm_max,
+            "rates": inner_rates(self.learner),
+        }
+
+    def _speed(self) -> float:
+        """Tasks a second in this epoch."""
+        return self.done.sums.iterations * self.config.outer.meta_batch / max(self.done.sums.seconds, 1e-9)
+
+    def _status(self) -> str:
+        sums = self.done.sums
+        status = f"{self._speed():.1f} tasks/s  loss {sums.loss / sums.iterations:.3f}"
+        return status + ("" if self.config.regression else f"  accuracy {sums.accuracy / sums.iterations:.1%}")
+
+    def _diverged(self, iteration: int, what: str) -> DivergedError:
+        kept = f"The last good checkpoint is {self.folder.latest}. " if self.folder.latest.exists() else ""
+        return DivergedError(
+            f"stopped at iteration {iteration + 1}: {what}. {kept}A smaller --inner-lr or --outer-lr, or --clip 10, "
+            "usually helps; LSLR (--lslr) and MSL (--msl) make it rarer."
         )
-    record = _metrics(config, learner, done, validation)
-    done.epoch += 1
-    done.sums = EpochSums()
-    last = validation.last["batch"]
-    value = -last.loss if last.accuracy is None else last.accuracy
-    done.best = sorted([*done.best, (value, done.epoch)], key=lambda b: (-b[0], -b[1]))
-    done.best, dropped = done.best[: config.evaluation.ensemble], done.best[config.evaluation.ensemble :]
-    if (value, done.epoch) in done.best:
-        save_checkpoint(folder.epoch_checkpoint(done.epoch), learner.state_dict(), {"epoch": done.epoch, "val": value})
-    folder.append_metrics(record)
-    _save(folder, learner, optimizer, done)
-    for _, epoch in dropped:
-        folder.epoch_checkpoint(epoch).unlink(missing_ok=True)
-    progress.epoch(record, config.outer.epochs)
 
+    def save(self) -> None:
+        """Write the latest checkpoint: weights, optimiser, generators, and how far training is."""
+        tensors = {f"learner/{name}": t for name, t in self.learner.state_dict().items()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{slot}": t for slot, t in slots.items()}
+        tensors["random/cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["random/cuda"] = torch.cuda.get_rng_state()
+        save_checkpoint(self.folder.latest, tensors, asdict(self.done))
 
-def _metrics(config: Config, learner: MetaLearner, done: Progression, validation: Evaluation) -> dict[str, Any]:
-    sums, last = done.sums, validation.last["batch"]
-    iterations = done.epoch * config.outer.iterations + sums.iterations
-    return {
-        "epoch": done.epoch + 1,
-        "iterations": iterations,
-        "seconds": round(done.seconds, 3),
-        "tasks_per_second": round(sums.iterations * config.outer.meta_batch / max(sums.seconds, 1e-9), 2),
-        "outer_lr": outer_rate(config, iterations - 1),
-        "derivative_order": 1 if learner.mode == "first-order" else config.method.derivative_order(done.epoch),
-        "loss_weights": config.method.loss_weights(done.epoch),
-        "train_loss": sums.loss / sums.iterations,
-        "train_accuracy": None if config.regression else sums.accuracy / sums.iterations,
-        "val_loss": last.loss,
-        "val_accuracy": last.accuracy,
-        "val_interval": last.interval,
-        "val_tasks": last.tasks,
-        "val_losses_per_step": [s.loss for s in validation.per_step],
-        "val_accuracies_per_step": None if config.regression else [s.accuracy for s in validation.per_step],
-        "gradient_norm_mean": sums.gradient_norm / sums.iterations,
-        "gradient_norm_max": sums.gradient_norm_max,
-        "rates": inner_rates(learner),
-    }
+    def load(self, device: torch.device) -> None:
+        """Take over the latest checkpoint."""
+        tensors, state = load_checkpoint(self.folder.latest, device)
+        learned = {n.removeprefix("learner/"): t for n, t in tensors.items() if n.startswith("learner/")}
+        self.learner.load_state_dict(learned)
+        slots: dict[int, Tensors] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer/"):
+                _, index, slot = name.split("/")
+                slots.setdefault(int(index), {})[slot] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        torch.set_rng_state(tensors["random/cpu"].cpu())
+        if torch.cuda.is_available() and "random/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random/cuda"].cpu())
+        best = [(value, epoch) for value, epoch in state["best"]]
+        self.done = Progression(state["epoch"], state["seconds"], EpochSums(**state["sums"]), best)
+        self.folder.keep_metrics_until(self.done.epoch)
 
 
 def inner_rates(learner: MetaLearner) -> dict[str, list[float]]:
@@ -258,55 +318,6 @@ def outer_rate(config: Config, iteration: int) -> float:
     return schedules.cosine_rate(iteration / outer.iterations, outer.epochs, outer.outer_lr, outer.outer_lr_min)
 
 
-def _clip_and_measure(learner: MetaLearner, clip: float) -> Tensor:
-    """The meta-gradient's norm before it is clamped to +-clip (MAML++ does so on mini-ImageNet)."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in learner.parameters() if p.grad is not None])
-    if clip:
-        torch.nn.utils.clip_grad_value_(learner.parameters(), clip)
-    return norm
-
-
-def _status(config: Config, sums: EpochSums) -> str:
-    speed = f"{sums.iterations * config.outer.meta_batch / max(sums.seconds, 1e-9):.1f} tasks/s"
-    loss = f"loss {sums.loss / sums.iterations:.3f}"
-    return f"{speed}  {loss}" + ("" if config.regression else f"  accuracy {sums.accuracy / sums.iterations:.1%}")
-
-
-def _divergence(folder: RunFolder, iteration: int, what: str) -> str:
-    kept = f"The last good checkpoint is {folder.latest}. " if folder.latest.exists() else ""
-    return (
-        f"stopped at iteration {iteration + 1}: {what}. {kept}"
-        "A smaller --inner-lr or --outer-lr, or --clip 10, usually helps; LSLR (--lslr) and MSL (--msl) make it rarer."
-    )
-
-
-def _test(
-    folder: RunFolder,
-    config: Config,
-    workers: Workers,
-    done: Progression,
-    progress: Progress,
-    caught: list[int],
-) -> TestResult:
-    tasks = config.evaluation.test_tasks
-    with progress.task("test", tasks * len(done.best)) as bar:
-
-        def tick(tasks: int) -> None:
-            bar.advance(tasks)
-            if caught:
-                raise InterruptedRunError(caught[0])
-
-        return evaluate_checkpoints(
-            workers,
-            best_checkpoints(folder, [epoch for _, epoch in done.best]),
-            "test",
-            tasks,
-            steps=config.test_steps,
-            regression=config.regression,
-            tick=tick,
-        )
-
-
 def best_checkpoints(folder: RunFolder, epochs: list[int]) -> Iterator[Tensors]:
     """The learner states kept of these epochs."""
     for epoch in epochs:
@@ -316,36 +327,6 @@ def best_checkpoints(folder: RunFolder, epochs: list[int]) -> Iterator[Tensors]:
 def best_epochs(folder: RunFolder) -> list[int]:
     """Epochs whose checkpoints are kept, the best on validation first."""
     return [epoch for _, epoch in load_checkpoint(folder.latest)[1]["best"]]
-
-
-def _save(folder: RunFolder, learner: MetaLearner, optimizer: torch.optim.Adam, done: Progression) -> None:
-    tensors = {f"learner/{name}": t for name, t in learner.state_dict().items()}
-    for index, slots in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{slot}": t for slot, t in slots.items()}
-    tensors["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
-    save_checkpoint(folder.latest, tensors, asdict(done))
-
-
-def _load(folder: RunFolder, learner: MetaLearner, optimizer: torch.optim.Adam, device: torch.device) -> Progression:
-    tensors, state = load_checkpoint(folder.latest, device)
-    learner.load_state_dict({n.removeprefix("learner/"): t for n, t in tensors.items() if n.startswith("learner/")})
-    slots: dict[int, Tensors] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer/"):
-            _, index, slot = name.split("/")
-            slots.setdefault(int(index), {})[slot] = tensor
-    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(tensors["random/cpu"].cpu())
-    if torch.cuda.is_available() and "random/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random/cuda"].cpu())
-    return Progression(
-        state["epoch"],
-        state["seconds"],
-        EpochSums(**state["sums"]),
-        [(value, epoch) for value, epoch in state["best"]],
-    )
 
 
 @contextmanager
@@ -364,47 +345,3 @@ def _signals_noted() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def environment(device: torch.device, processes: int) -> dict[str, Any]:
-    """Where a figure was measured."""
-    return {
-        "innerloop": innerloop.__version__,
-        "commit": _commit(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "cores": os.cpu_count(),
-        "processes": processes,
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "arguments": sys.argv[1:],
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or "cpu"
-
-
-def _commit() -> str | None:
-    """Commit of the checkout that innerloop runs from, None when it is installed elsewhere."""
-    root = Path(innerloop.__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        git = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return git.stdout.strip() or None
