@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -81,7 +81,8 @@ def run(arguments: Sequence[str]) -> int:
         )
         raise
     summary = finished.summary
-    figures = write_figures(folder.path, config.test_steps, finished.source, finished.learner)
+    with progress.waiting("drawing figures"):
+        figures = write_figures(folder.path, config.test_steps, finished.source, finished.learner)
     if chosen.json:
         print(json.dumps(summary))
     else:
@@ -135,4 +136,4 @@ def _resumable(run: Path, stored: Config, asked: Config) -> Config:
     return asked
 
 
-_MAY_CHANGE: set[Any] = {"data", "skip_broken", "download"}
+_MAY_CHANGE = {"data", "splits_dir", "skip_broken", "download"}

@@ -83,11 +83,19 @@ def _images(data: DataConfig, seed: int, progress: bool) -> ImageDataset:
     if data.data is None:
         raise ConfigError(f"--dataset {data.dataset} needs the folder of its images: --data DIR")
     if data.dataset == "mini-imagenet":
-        return mini_imagenet(data.data, size=data.image_size, skip_broken=data.skip_broken, progress=progress)
+        return mini_imagenet(
+            data.data,
+            size=data.image_size,
+            splits_dir=data.splits_dir,
+            skip_broken=data.skip_broken,
+            progress=progress,
+        )
     return image_folder(
         data.data,
         size=data.image_size,
         channels=data.channels,
+        ratios=data.ratios,
+        invert=data.invert,
         seed=seed,
         skip_broken=data.skip_broken,
         progress=progress,

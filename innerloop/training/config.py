@@ -13,6 +13,7 @@ from innerloop.methods import METHODS, Method
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 CONFIG_VERSION = 1
@@ -50,6 +51,12 @@ class DataConfig:
     """Omniglot's classes: shuffled 1150/50/423 (paper), or the public background and evaluation alphabets."""
     train_classes: Positive = 1000
     """Training classes of strokes, which are endless."""
+    ratios: tuple[Share, Share, Share] = (0.6, 0.2, 0.2)
+    """Shares of a folder's classes for training, validation and test, where it has no train, val and test folders."""
+    invert: bool = False
+    """A folder's images are dark ink on a light page: turn them over, so that ink is bright."""
+    splits_dir: Path | None = None
+    """Folder of mini-ImageNet's train.csv, val.csv and test.csv, where they do not lie with the images."""
     skip_broken: bool = False
     """Go on without images that cannot be read."""
 

@@ -56,6 +56,15 @@ class Progress:
         with RichProgress(*columns, console=self.console, transient=True) as progress:
             yield Bar(progress, progress.add_task(name, total=total, completed=completed, status=""))
 
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """A spinner for what takes seconds and has no steps to count; without a terminal, nothing."""
+        if not (self.shown and self.console.is_terminal):
+            yield
+            return
+        with self.console.status(what):
+            yield
+
     def epoch(self, record: Mapping[str, Any], epochs: int) -> None:
         """A line for a finished epoch."""
         if record["val_accuracy"] is None:

@@ -245,3 +245,28 @@ def test_a_killed_run_can_be_evaluated_and_resumed(
     assert resumed.wait(timeout=60) == 143
     epochs = [json.loads(line)["epoch"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert epochs == list(range(1, len(epochs) + 1))
+
+
+def test_a_folders_classes_are_shared_out_by_ratios(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # 9 classes: 3 for each split, so that 3 ways fit all of them, and no longer with 7 for training.
+    assert main(folder_run(images, "--ways", "3", "--ratios", "0.34", "0.33", "0.33", "--json")) == 0
+    capsys.readouterr()
+    assert "3-way tasks need 3 classes" in error_of(capsys, *folder_run(images, "--ways", "3"))
+    assert "0.9" in error_of(capsys, *folder_run(images, "--ratios", "0.9", "0.9", "0.9"))
+
+
+def test_mini_imagenet_takes_its_lists_from_elsewhere(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "flat").mkdir()
+    classes = sorted(images.iterdir())
+    for i, split in enumerate(("train", "val", "test")):
+        rows = ["filename,label"]
+        for folder in classes[3 * i : 3 * i + 3]:
+            for file in folder.iterdir():
+                name = f"{folder.name}-{file.name}"
+                (tmp_path / "flat" / name).write_bytes(file.read_bytes())
+                rows.append(f"{name},{folder.name}")
+        (tmp_path / "lists" / f"{split}.csv").write_text("\n".join(rows))
+    small = ["--ways", "3", "--queries", "1", "--image-size", "16", "--filters", "4"]
+    source = ["--data", "flat", "--splits-dir", "lists"]
+    assert main(["train", "mini-imagenet-5way-1shot", *source, *small, *TINY, "--json"]) == 0
