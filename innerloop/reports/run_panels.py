@@ -225,7 +225,7 @@ def gradient_norm_panel(axes: Axes, run: RunRecords) -> None:
     _log_axis(axes, [mean, largest])
     _epoch_axis(axes, run)
     axes.set_ylabel("norm of the meta-gradient (log scale)")
-    axes.set_title("Size of the outer gradient")
+    axes.set_title("Size of the meta-gradient")
     style.tidy(axes)
     _mark_changes(axes, run, falling=True)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
