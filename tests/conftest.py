@@ -1,4 +1,7 @@
-"""For every test: one core, since the models are too small for more and other work shares the machine."""
+"""For every test: one core, since the models are small and other work shares the machine, and an empty cache."""
+
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,3 +12,20 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("innerloop.training.building.available_cores", lambda: 1)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("INNERLOOP_CACHE", str(folder))
+    monkeypatch.setenv("INNERLOOP_DATA", str(tmp_path_factory.mktemp("data")))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def omniglot_root() -> Path:
+    given = os.environ.get("INNERLOOP_OMNIGLOT")
+    root = Path(given) if given else Path(__file__).parents[1].parent / "shared" / "data" / "omniglot"
+    if not root.exists():
+        pytest.skip(f"the real Omniglot is not in {root}; set INNERLOOP_OMNIGLOT to its folder")
+    return root

@@ -61,8 +61,9 @@ def confidence_interval(values: Tensor) -> float:
 
 def score(outputs: Tensor, targets: Tensor, regression: bool) -> Score:
     """Score of outputs ``[tasks, n, ...]`` (logits, or values for regression) against targets of the same tasks."""
+    outputs, targets = outputs.cpu(), targets.cpu()  # means are taken in float64, which some devices lack
     if regression:
-        losses = ((outputs - targets) ** 2).flatten(1).mean(1)
+        losses = ((outputs - targets).double() ** 2).flatten(1).mean(1)
         return Score(float(losses.mean()), None, confidence_interval(losses), len(losses))
     correct = (outputs.argmax(-1) == targets).double().mean(1)
     loss = F.cross_entropy(outputs.flatten(0, 1), targets.flatten())

@@ -22,10 +22,7 @@ TINY = ["--epochs", "2", "--iterations", "3", "--val-tasks", "3", "--test-tasks"
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work in an empty folder, with a cache of its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("INNERLOOP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("INNERLOOP_DATA", str(tmp_path / "data"))
 
 
 @pytest.fixture
@@ -270,3 +267,12 @@ def test_mini_imagenet_takes_its_lists_from_elsewhere(images: Path, tmp_path: Pa
     small = ["--ways", "3", "--queries", "1", "--image-size", "16", "--filters", "4"]
     source = ["--data", "flat", "--splits-dir", "lists"]
     assert main(["train", "mini-imagenet-5way-1shot", *source, *small, *TINY, "--json"]) == 0
+
+
+@pytest.mark.omniglot
+def test_maml_plus_plus_trains_on_the_real_omniglot(omniglot_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = ["--data", str(omniglot_root), "--filters", "32", "--da-epochs", "1"]
+    assert main(["train", "omniglot-20way-1shot", *source, *TINY, "--test-tasks", "40", "--json", "--out", "run"]) == 0
+    test = json.loads(capsys.readouterr().out)["test"]
+    assert test["best"]["batch"]["accuracy"] > 0.1  # chance is 0.05
+    assert test["best"]["batch"]["tasks"] == 40

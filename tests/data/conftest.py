@@ -1,32 +1,13 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from innerloop.data import ClassImages, ImageDataset
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("INNERLOOP_CACHE", str(folder))
-    monkeypatch.setenv("INNERLOOP_DATA", str(tmp_path_factory.mktemp("data")))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def omniglot_root() -> Path:
-    given = os.environ.get("INNERLOOP_OMNIGLOT")
-    root = Path(given) if given else Path(__file__).parents[2].parent / "shared" / "data" / "omniglot"
-    if not root.exists():
-        pytest.skip(f"the real Omniglot is not in {root}; set INNERLOOP_OMNIGLOT to its folder")
-    return root
 
 
 @pytest.fixture
