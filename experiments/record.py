@@ -42,26 +42,21 @@ def quoted() -> str:
     classification = [(f, s) for f, s in runs if configs[f]["data"]["dataset"] != "sinusoid"]
     regression = [(f, s) for f, s in runs if configs[f]["data"]["dataset"] == "sinusoid"]
     lines = [
-        "| recorded run | task | method | iterations x tasks | training | transductive: best, ensemble | inductive |",
-        "|---|---|---|---|---|---|---|",
+        "| recorded run | task | method | iterations x tasks | training | test tasks | transductive: best, ensemble | inductive |",
+        "|---|---|---|---|---|---|---|---|",
         *(_classification_row(f, s, configs[f]) for f, s in classification),
         "",
         "Regression: mean squared error after a number of inner steps.",
         "",
-        "| recorded run | method | support points | before | 1 step | 10 steps |",
-        "|---|---|---|---|---|---|",
+        "| recorded run | method | test tasks | support points | before | 1 step | 10 steps |",
+        "|---|---|---|---|---|---|---|",
         *(_regression_row(f, s, configs[f]) for f, s in regression),
     ]
     machines = {
         f"{s['environment']['device']}, {s['environment']['cores']} cores, torch {s['environment']['torch']}"
         for _, s in runs
     }
-    tasks = sorted({score["tasks"] for _, s in runs for score in s["test"]["best"].values()})
-    lines += [
-        "",
-        f"Test tasks: {' or '.join(map(str, tasks))} (each row's number is in its `summary.json`), one seed each. "
-        f"Machine: {'; '.join(sorted(machines))}.",
-    ]
+    lines += ["", f"One seed each. Machine: {'; '.join(sorted(machines))}."]
     return "\n".join(lines)
 
 
@@ -74,6 +69,7 @@ def _classification_row(folder: Path, summary: dict[str, Any], config: dict[str,
         _method(config["method"]),
         f"{summary['iterations']} x {config['outer']['meta_batch']}",
         f"{summary['train_seconds'] / 60:.1f} min",
+        str(best["batch"]["tasks"]),
         f"{_percent(best['batch'])}, {_percent(ensemble['batch'])}",
         _percent(best["running"]),
     ]
@@ -85,6 +81,7 @@ def _regression_row(folder: Path, summary: dict[str, Any], config: dict[str, Any
     cells = [
         f"[{folder.name}](experiments/results/{folder.name})",
         _method(config["method"]),
+        str(summary["test"]["best"]["batch"]["tasks"]),
         str(config["data"]["shots"]),
         *(f"{steps[k]['loss']:.3f} ± {steps[k]['interval']:.3f}" for k in (0, 1, 10)),
     ]
