@@ -42,13 +42,13 @@ def quoted() -> str:
     classification = [(f, s) for f, s in runs if configs[f]["data"]["dataset"] != "sinusoid"]
     regression = [(f, s) for f, s in runs if configs[f]["data"]["dataset"] == "sinusoid"]
     lines = [
-        "| recorded run | task | method | iterations x tasks | training | test tasks | transductive: best, ensemble | inductive |",
+        "| run | task | method | updates x tasks | training | test tasks | transductive: best, ensemble | inductive |",
         "|---|---|---|---|---|---|---|---|",
         *(_classification_row(f, s, configs[f]) for f, s in classification),
         "",
         "Regression: mean squared error after a number of inner steps.",
         "",
-        "| recorded run | method | test tasks | support points | before | 1 step | 10 steps |",
+        "| run | method | test tasks | support points | before | 1 step | 10 steps |",
         "|---|---|---|---|---|---|---|",
         *(_regression_row(f, s, configs[f]) for f, s in regression),
     ]
