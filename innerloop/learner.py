@@ -25,6 +25,7 @@ from innerloop.per_step import Statistics
 from innerloop.tasks import Examples, Task, concatenated, meta_batch_size, select_task, stacked
 from innerloop.update_rules import UPDATE_RULES, Tensors
 
+MetaBatch = tuple[tuple[Any, Any], tuple[Any, Any]]
 Parallel = Literal["auto", "loop", "vmap"]
 
 _SMALL_MODEL = 10_000
@@ -156,14 +157,14 @@ class MetaLearner:
         yield from ((f"statistics/{n}", t) for n, t in self.statistics.shared.items())
         yield from ((f"per_step_statistics/{n}", t) for n, t in self.statistics.per_step.items())
 
-    def backward(self, tasks: Task, epoch: float | None = None) -> MetaBatchResult:
+    def backward(self, tasks: Task | MetaBatch, epoch: float | None = None) -> MetaBatchResult:
         """Add the meta-gradient of the mean task loss to ``.grad`` of every learned meta-parameter.
 
         Looped over, tasks come one after the other and memory does not grow with their number. Running statistics
         become the mean over tasks of what each task left behind.
 
         Args:
-            tasks: a meta-batch, tensors ``[T, ...]``.
+            tasks: a meta-batch, ``((inputs, targets), (inputs, targets))`` of support and query, tensors ``[T, ...]``.
             epoch: where training is, for methods with schedules (MSL, DA), which need it.
 
         Raises:
@@ -173,11 +174,13 @@ class MetaLearner:
         """
         return self.accumulate([self.task_gradients(tasks, epoch)], epoch)
 
-    def task_gradients(self, tasks: Task, epoch: float | None = None) -> TaskGradient:
+    def task_gradients(self, tasks: Task | MetaBatch, epoch: float | None = None) -> TaskGradient:
         """Gradients and losses of a meta-batch, changing nothing: the gradient summed over tasks, all else stacked.
 
         ``accumulate`` takes it from there, so that the tasks of a meta-batch can be shared out over processes.
         """
+        support, query = tasks  # plain pairs will do
+        tasks = Task(Examples(*support), Examples(*query))
         size = meta_batch_size(tasks)
         if epoch is None and self.method.needs_epoch:
             raise ValueError("this method has MSL or DA, whose schedules need the epoch: backward(tasks, epoch)")

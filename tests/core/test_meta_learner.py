@@ -223,3 +223,14 @@ def test_automatic_choices(width: int, vmapped: bool) -> None:
         p.grad = None
     exact.backward(case.tasks())
     assert relative_difference(found, gradients(exact)) < 1e-9
+
+
+def test_plain_pairs_are_a_meta_batch() -> None:
+    tasks = CONV.tasks()
+    pairs = (tuple(tasks.support), tuple(tasks.query))
+    named, plain = (make(CONV.model(), CONV.loss, PLUS_PLUS, "mixed") for _ in range(2))
+    plain.load_state_dict(named.state_dict())
+    named.backward(tasks, epoch=0)
+    plain.backward(pairs, epoch=0)
+    for a, b in zip(named.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
