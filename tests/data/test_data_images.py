@@ -189,6 +189,10 @@ def test_bad_sizes(root) -> None:
         image_folder(root, channels=4)
 
 
-def test_progress_bar(root, capsys) -> None:
-    read_images("mine", class_folders(root), size=8, channels=1, progress=True)
+def test_progress_bar_is_for_terminals(root, capsys, monkeypatch) -> None:
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    read_images("mine", class_folders(root), size=8, channels=1, cache=False, progress=True)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # how rich is told that it writes to a terminal
+    read_images("mine", class_folders(root), size=8, channels=1, cache=False, progress=True)
     assert "Reading mine" in capsys.readouterr().err
