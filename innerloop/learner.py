@@ -229,7 +229,7 @@ class MetaLearner:
 
         try:
             result = vmap(task_gradient, randomness="different")(self.statistics.expanded(size), tasks)
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             if self.parallel == "vmap" or isinstance(error, torch.OutOfMemoryError):
                 raise
             warnings.warn(

@@ -211,7 +211,7 @@ def _hessian_vector_product(
             return _forward_over_reverse(support_loss, step.theta, fixed, support.targets, u)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             warnings.warn(
                 f"{type(model).__name__} has an operation without forward-mode derivatives, so mixed mode "
                 f"differentiates its gradient in reverse, with more memory per inner step. ({error})",
