@@ -23,10 +23,7 @@ from innerloop.update_rules import UPDATE_RULES, InnerRule
 
 @dataclass(frozen=True)
 class Method:
-    """A meta-learning method: plain MAML with switches.
-
-    Raises ``ValueError`` for values that do not make a method.
-    """
+    """A meta-learning method: plain MAML with switches."""
 
     inner_steps: int = 5
     """K, gradient steps on the support set in training."""
@@ -60,6 +57,7 @@ class Method:
     """CA: cosine annealing of the outer rate (done by who runs the outer optimiser, see ``schedules.cosine_rate``)."""
 
     def __post_init__(self) -> None:
+        """Raise ``ValueError`` for values that do not make a method."""
         for name in ("inner_steps", "msl_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -29,7 +29,7 @@ MethodName = Literal["maml", "fomaml", "meta_sgd", "anil", "boil", "maml_plus_pl
 class TrainArguments:
     """Everything that ``innerloop train PRESET`` takes; the defaults are those of the preset and the method."""
 
-    config: tyro.conf.OmitArgPrefixes[Config]
+    config: Annotated[tyro.conf.OmitArgPrefixes[Config], tyro.conf.arg(name="")]
     method: MethodName = "maml_plus_plus"
     """Sets the switches below; each can be changed on top."""
     out: Path | None = None
