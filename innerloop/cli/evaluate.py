@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from innerloop.cli.tables import print_test
 from innerloop.training.building import build_device, build_learner, build_tasks, build_workers
 from innerloop.training.checkpoints import write_json
-from innerloop.training.config import ConfigError, Count, Positive
+from innerloop.training.config import ConfigError, Count, Positive, problems
 from innerloop.training.environment import environment
 from innerloop.training.evaluation import evaluate_checkpoints
 from innerloop.training.progress import Progress
@@ -52,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         TypeAdapter(EvaluateArguments).validate_python(asdict(chosen))
     except ValidationError as error:
-        raise ConfigError("; ".join(f"--{e['loc'][-1]} {e['input']!r}: {e['msg']}" for e in error.errors())) from None
+        raise ConfigError(problems(error)) from None
     folder = RunFolder(chosen.run)
     preset, config = folder.read_config()
     if not folder.latest.exists() or not (epochs := best_epochs(folder)):

@@ -121,12 +121,13 @@ def _parse(arguments: list[str], preset: str, method: str, config: Config) -> Tr
 
 def _resumable(run: Path, stored: Config, asked: Config) -> Config:
     """The config to go on with: where it is computed may change, what is computed may not."""
+    now = config_to_json(asked)
     differences = [
         f"--{name.replace('_', '-')} was {old!r}, not {new!r}"
         for group, values in config_to_json(stored).items()
         for name, old in values.items()
         if group != "compute" or name == "seed"
-        for new in [config_to_json(asked)[group][name]]
+        for new in [now[group][name]]
         if old != new and name not in _MAY_CHANGE
     ]
     if differences:

@@ -165,6 +165,14 @@ def validated(config: Config) -> Config:
     return config_from_json(config_to_json(config))
 
 
+def problems(error: ValidationError) -> str:
+    """What pydantic found wrong, by the names of the command line's options, values quoted."""
+    return "; ".join(
+        f"--{str(e['loc'][-1]).replace('_', '-') if e['loc'] else 'config'} {e['input']!r}: {e['msg']}"
+        for e in error.errors()
+    )
+
+
 def config_to_json(config: Config) -> dict[str, Any]:
     """Plain JSON values of a config."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
@@ -180,11 +188,7 @@ def config_from_json(values: dict[str, Any]) -> Config:
     try:
         config = _ADAPTER.validate_python(values)
     except ValidationError as error:
-        problems = "; ".join(
-            f"--{str(e['loc'][-1]).replace('_', '-') if e['loc'] else 'config'} {e['input']!r}: {e['msg']}"
-            for e in error.errors()
-        )
-        raise ConfigError(problems) from None
+        raise ConfigError(problems(error)) from None
     if config.regression != (config.network.network == "mlp"):
         raise ConfigError(
             f"--dataset {config.data.dataset} and --network {config.network.network} do not fit: "

@@ -36,10 +36,6 @@ class Score:
     interval: float
     tasks: int
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Evaluation:

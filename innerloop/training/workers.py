@@ -101,7 +101,7 @@ class Workers:
         learner: its tensors move to shared memory, in place.
         source: what tasks are taken from; sent to each worker once.
         processes: 1: everything is done here, as if there were no workers.
-        threads: threads of each process inside an operation.
+        threads: threads of each worker inside an operation; those of the calling process are its own business.
     """
 
     def __init__(self, learner: MetaLearner, source: TaskSource, processes: int = 1, threads: int = 1) -> None:
@@ -109,7 +109,6 @@ class Workers:
         self._connections: list[Connection] = []
         self._processes: list[SpawnProcess] = []
         if processes > 1:
-            torch.set_num_threads(threads)
             learner.share_memory()
         context = multiprocessing.get_context("spawn")
         for _ in range(processes - 1):
