@@ -7,15 +7,18 @@ Everything here is a function of its arguments; ``meta_gradients`` differentiate
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad
+from torch.func import grad, vjp
+from torch.utils import _pytree as pytree
 
 from innerloop import learning_rates, per_step
+from innerloop.closed_forms import ClosedForms
 from innerloop.network import Network
 from innerloop.per_step import Statistics
 from innerloop.tasks import Examples
@@ -44,14 +47,28 @@ class MetaParameters(NamedTuple):
         return {**self.shared, **per_step.at_step(self.per_step, k)}
 
 
+SecondOrder = Callable[[Tensors], tuple[Tensors, Tensors]]
+"""u -> (H u, d/dpsi <g, u>), for g = grad L(theta, psi) and H its Hessian by theta. Can be called once."""
+
+
 class Gradient(NamedTuple):
-    """A loss on a set of examples, its gradients, and what the call left behind."""
+    """A loss on a set of examples, its gradients, and what the call left behind; all constants.
+
+    Attributes:
+        theta: g, the gradient by the fast weights.
+        fixed: the gradient by psi_k, where it was asked for.
+        loss: a scalar.
+        outputs: the model's.
+        statistics: those after the call.
+        second_order: derivatives of g, where its graph was kept.
+    """
 
     theta: Tensors
     fixed: Tensors
     loss: Tensor
     outputs: Any
     statistics: Statistics
+    second_order: SecondOrder | None = None
 
 
 @dataclass(frozen=True)
@@ -64,12 +81,14 @@ class InnerLoop:
         lslr: whether the rates are per step.
         functional: take gradients by ``torch.func``, which ``vmap`` needs; ordinary autograd has less overhead and
             serves operations that ``torch.func`` does not know.
+        stored_steps: in mixed mode, the last inner steps whose graphs are kept for the walk back.
     """
 
     network: Network
     rule: UpdateRule
     lslr: bool
     functional: bool = False
+    stored_steps: int = 5
 
     def gradient(
         self,
@@ -80,34 +99,86 @@ class InnerLoop:
         examples: Examples,
         *,
         with_fixed: bool = False,
+        keep_graph: bool = False,
     ) -> Gradient:
-        """Grad L(f(theta), examples) with the norm layers of inner step k, as constants.
+        """Grad L(f(theta), examples) with the norm layers of inner step k.
 
-        ``with_fixed`` asks for the gradient by psi_k (``fixed``) too.
+        ``with_fixed`` asks for the gradient by psi_k (``fixed``) too, ``keep_graph`` for the derivatives of the
+        gradient by theta.
         """
         theta, fixed = detached(theta), detached(fixed)
-        buffers = statistics.at_step(k)
-        wanted = {**theta, **fixed} if with_fixed else theta
-        if self.functional:
+        take = self._functional_gradient if self.functional else self._autograd_gradient
+        return take(theta, fixed, statistics, k, examples, with_fixed, keep_graph)
 
-            def loss_of(wanted: Tensors) -> tuple[Tensor, tuple[Tensor, Any, Tensors]]:
-                loss, outputs, left = self.network.loss({**fixed, **wanted}, buffers, examples)
-                return loss, (loss, outputs, left)
+    def _autograd_gradient(
+        self,
+        theta: Tensors,
+        fixed: Tensors,
+        statistics: Statistics,
+        k: int,
+        examples: Examples,
+        with_fixed: bool,
+        keep_graph: bool,
+    ) -> Gradient:
+        if with_fixed or keep_graph:
+            for t in fixed.values():
+                t.requires_grad_()
+        for t in theta.values():
+            t.requires_grad_()
+        by = {**theta, **fixed} if with_fixed else theta
+        with torch.enable_grad():
+            with ClosedForms() if keep_graph else nullcontext():
+                loss, outputs, buffers = self.network.loss({**fixed, **theta}, statistics.at_step(k), examples)
+            values = torch.autograd.grad(loss, list(by.values()), create_graph=keep_graph, materialize_grads=True)
+        gradients = dict(zip(by, values, strict=True))
 
-            gradients, (loss, outputs, left) = grad(loss_of, has_aux=True)(wanted)
-        else:
-            wanted = {n: t.requires_grad_() for n, t in wanted.items()}
-            with torch.enable_grad():
-                loss, outputs, left = self.network.loss({**fixed, **wanted}, buffers, examples)
-                values = torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True)
-            gradients = dict(zip(wanted, values, strict=True))
+        def second_order(u: Tensors) -> tuple[Tensors, Tensors]:
+            varying = {n: g for n, g in gradients.items() if n in theta and g.requires_grad}
+            sources = {**theta, **fixed}
+            if not varying:
+                return {n: torch.zeros_like(t) for n, t in theta.items()}, {
+                    n: torch.zeros_like(t) for n, t in fixed.items()
+                }
+            along = torch.autograd.grad(
+                list(varying.values()), list(sources.values()), [u[n] for n in varying], materialize_grads=True
+            )
+            products = dict(zip(sources, along, strict=True))
+            return {n: products[n] for n in theta}, {n: products[n] for n in fixed}
+
         return Gradient(
-            {n: gradients[n] for n in theta},
-            {n: gradients[n] for n in fixed} if with_fixed else {},
+            {n: gradients[n].detach() for n in theta},
+            {n: gradients[n].detach() for n in fixed} if with_fixed else {},
             loss.detach().clone(),  # a copy: mse_loss's scalar lives in memory as large as the unreduced loss
             outputs,
-            statistics.updated(k, left),
+            statistics.updated(k, buffers),
+            second_order if keep_graph else None,
         )
+
+    def _functional_gradient(
+        self,
+        theta: Tensors,
+        fixed: Tensors,
+        statistics: Statistics,
+        k: int,
+        examples: Examples,
+        with_fixed: bool,
+        keep_graph: bool,
+    ) -> Gradient:
+        def loss_of(theta: Tensors, fixed: Tensors) -> tuple[Tensor, tuple[Tensor, Any, Tensors]]:
+            with ClosedForms() if keep_graph else nullcontext():
+                loss, outputs, buffers = self.network.loss({**fixed, **theta}, statistics.at_step(k), examples)
+            return loss, (loss, outputs, buffers)
+
+        second_order = None
+        fixed_gradient: Tensors = {}
+        if keep_graph:
+            g, second_order, aux = vjp(grad(loss_of, has_aux=True), theta, fixed, has_aux=True)  # type: ignore[misc]
+        elif with_fixed:
+            (g, fixed_gradient), aux = grad(loss_of, argnums=(0, 1), has_aux=True)(theta, fixed)
+        else:
+            g, aux = grad(loss_of, has_aux=True)(theta, fixed)
+        loss, outputs, buffers = aux
+        return Gradient(g, fixed_gradient, loss.detach(), outputs, statistics.updated(k, buffers), second_order)
 
     def update(self, theta: Tensors, state: State, g: Tensors, rates: Tensors, k: int) -> tuple[Tensors, State]:
         """theta^{k+1} and the update rule's new state."""
@@ -118,6 +189,28 @@ class InnerLoop:
             for name in theta
         }
         return {n: t for n, (t, _) in stepped.items()}, {n: s for n, (_, s) in stepped.items()}
+
+    def update_adjoint(
+        self, theta: Tensors, state: State, g: Tensors, rates: Tensors, k: int, adjoints: tuple[Tensors, State]
+    ) -> tuple[Tensors, State, Tensors, Tensors]:
+        """The adjoints of theta^k, state, g_k and the rates, from those of what ``update`` makes of them.
+
+        Under SGD these are lambda, nothing, -alpha_k * lambda and -g_k * lambda (summed to the rate's shape).
+        """
+
+        def update(theta: Tensors, state: State, g: Tensors, rates: Tensors) -> tuple[Tensors, State]:
+            return self.update(theta, state, g, rates, k)
+
+        if self.functional:
+            found: tuple[Tensors, State, Tensors, Tensors] = vjp(update, theta, state, g, rates)[1](adjoints)
+            return found
+        inputs = pytree.tree_map(lambda t: t.detach().requires_grad_(), (theta, state, g, rates))
+        leaves, structure = pytree.tree_flatten(inputs)
+        with torch.enable_grad():
+            outputs = pytree.tree_leaves(update(*inputs))
+        values = torch.autograd.grad(outputs, leaves, pytree.tree_leaves(adjoints), materialize_grads=True)
+        found = pytree.tree_unflatten(values, structure)
+        return found
 
     def step(self, theta: Tensors, state: State, g: Tensors, rates: Tensors, k: int) -> tuple[Tensors, State]:
         """``update`` on constants, the fast weights laid out in memory as the initialisation is.

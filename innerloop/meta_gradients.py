@@ -3,7 +3,7 @@
     loss = sum_k w_k L(f(theta^k), query)          theta^{k+1} = U_k(theta^k, g_k, alpha_k)
 
 1. ``reverse``: autograd through the unrolled loop. Its memory grows with the number of inner steps K.
-2. ``mixed``: walk the loop keeping theta^k and g_k only, then walk back with the adjoint lambda (Kemaev et al. 2025,
+2. ``mixed``: walk the loop keeping theta^k and g_k, then walk back with the adjoint lambda (Kemaev et al. 2025,
    MixFlow-MG). For the SGD rule::
 
        lambda_K = w_K grad L_q(theta^K)
@@ -11,27 +11,24 @@
        d alpha_k = - g_k * lambda_{k+1}                     summed to alpha's shape
        d psi     = - d/dpsi <g_k, alpha_k * lambda_{k+1}>   any other meta-parameter of the support loss
 
-   H_k u and the psi term come from one forward-over-reverse product, the tangent of grad L. No graph outlives a step.
+   H_k u and the psi term come from differentiating g_k = grad L along u. The last few steps keep the graph of g_k for
+   that; the others compute it once more, so that memory does not grow with K beyond the fast weights.
 3. ``first-order``: the same walk without the H and psi terms (FOMAML).
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
-from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.func import grad, jvp, vjp
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from innerloop.batch_norm import ClosedFormBatchNorm
-from innerloop.inner_loop import InnerLoop, MetaParameters, State, detached
-from innerloop.network import random_state, replayed_randomness, set_random_state
+from innerloop.closed_forms import ClosedForms
+from innerloop.inner_loop import InnerLoop, MetaParameters, SecondOrder, State, detached
+from innerloop.network import random_state, replayed_randomness
 from innerloop.per_step import Statistics
 from innerloop.tasks import Examples, Task
 from innerloop.update_rules import Tensors
@@ -71,7 +68,8 @@ def reverse(
     record = _Record()
     for k, weight in enumerate(weights):
         psi = meta.fixed_at_step(k)
-        loss, _, buffers = loop.network.loss({**theta, **psi}, statistics.at_step(k), task.support)
+        with ClosedForms():
+            loss, _, buffers = loop.network.loss({**theta, **psi}, statistics.at_step(k), task.support)
         statistics = statistics.updated(k, buffers)
         g = torch.autograd.grad(loss, list(theta.values()), create_graph=True, materialize_grads=True)
         theta, state = loop.update(theta, state, dict(zip(theta, g, strict=True)), meta.rates, k)
@@ -119,8 +117,9 @@ class _Step:
     theta: Tensors
     state: State
     g: Tensors
-    buffers: Tensors
+    statistics: Statistics
     randomness: list[Tensor]
+    second_order: SecondOrder | None
     query_theta: Tensors
     query_psi: Tensors
 
@@ -144,10 +143,11 @@ def _adjoint_walk(
     steps: list[_Step] = []
     for k, weight in enumerate(weights):
         psi = meta.fixed_at_step(k)
-        buffers, randomness = statistics.at_step(k), random_state(device)
-        support = loop.gradient(theta, psi, statistics, k, task.support)
+        before, randomness = statistics, random_state(device)
+        stored = second_order and k >= len(weights) - loop.stored_steps
+        support = loop.gradient(theta, psi, statistics, k, task.support, keep_graph=stored)
         statistics = support.statistics
-        step = _Step(theta, state, support.theta, buffers, randomness, {}, {})
+        step = _Step(theta, state, support.theta, before, randomness, support.second_order, {}, {})
         theta, state = loop.step(theta, state, support.theta, rates, k)
         record.support_losses.append(support.loss)
         if weight:
@@ -165,18 +165,15 @@ def _adjoint_walk(
     for k in reversed(range(len(steps))):
         step = steps.pop()
         adjoint = _sum(adjoint, step.query_theta)
-
-        def update(theta: Tensors, state: State, g: Tensors, rates: Tensors, k: int = k) -> tuple[Tensors, State]:
-            return loop.update(theta, state, g, rates, k)
-
         # u, the adjoint of g_k, is -alpha_k * lambda_{k+1} under SGD.
-        pull_back = vjp(update, step.theta, step.state, step.g, rates)[1]
-        adjoint, adjoint_state, u, rate_k = pull_back((adjoint, adjoint_state))
+        adjoint, adjoint_state, u, rate_k = loop.update_adjoint(
+            step.theta, step.state, step.g, rates, k, (adjoint, adjoint_state)
+        )
         rate_gradient = _sum(rate_gradient, {n: r for n, r in rate_k.items() if meta.rates[n].requires_grad})
         psi_gradient = step.query_psi
         if second_order:
-            with replayed_randomness(step.randomness, device):
-                hvp, psi_product = _hessian_vector_product(loop, step, meta.fixed_at_step(k), task.support, u)
+            products = step.second_order or _recomputed(loop, step, meta.fixed_at_step(k), k, task.support, device)
+            hvp, psi_product = products(u)
             adjoint, psi_gradient = _sum(adjoint, hvp), _sum(psi_gradient, psi_product)
         psi_gradients.append(psi_gradient)
     psi_gradients.reverse()
@@ -191,112 +188,14 @@ def _adjoint_walk(
     return record.result(total, MetaParameters(adjoint, shared, stacks, rate_gradient), statistics)
 
 
-def _hessian_vector_product(
-    loop: InnerLoop, step: _Step, fixed: Tensors, support: Examples, u: Tensors
-) -> tuple[Tensors, Tensors]:
-    """H_k u and d/dpsi <g_k, u>: the tangent along u of grad L(theta^k, psi_k).
-
-    Since second derivatives commute, the tangent of the psi-gradient is the psi-gradient of <g_k, u>.
-    """
-
-    def support_loss(theta: Tensors, fixed: Tensors, targets: Any) -> Tensor:
-        return loop.network.loss({**theta, **fixed}, step.buffers, Examples(support.inputs, targets))[0]
-
-    fixed = detached(fixed)
-    model = loop.network.model
-    if loop.functional:
-        return _functional_forward_over_reverse(support_loss, step.theta, fixed, support.targets, u)
-    if model not in _WITHOUT_FORWARD_MODE:
-        try:
-            return _forward_over_reverse(support_loss, step.theta, fixed, support.targets, u)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            warnings.warn(
-                f"{type(model).__name__} has an operation without forward-mode derivatives, so mixed mode "
-                f"differentiates its gradient in reverse, with more memory per inner step. ({error})",
-                stacklevel=2,
-            )
-            _WITHOUT_FORWARD_MODE.add(model)
-            set_random_state(step.randomness, _device(step.theta))
-    return _reverse_over_reverse(support_loss, step.theta, fixed, support.targets, u)
-
-
-_WITHOUT_FORWARD_MODE: WeakSet[nn.Module] = WeakSet()
-SupportLoss = Callable[[Tensors, Tensors, Any], Tensor]
-
-
-def _forward_over_reverse(
-    support_loss: SupportLoss, theta: Tensors, fixed: Tensors, targets: Any, u: Tensors
-) -> tuple[Tensors, Tensors]:
-    """Dual numbers through ordinary autograd: the operations, and so the dropout masks, are those of the walk.
-
-    (``torch.func`` takes another path through dropout and draws other masks from the same state.)
-    """
-    with forward_ad.dual_level(), torch.enable_grad(), ClosedFormBatchNorm():
-        theta = {n: _dual(t.detach().requires_grad_(), u[n]) for n, t in theta.items()}
-        fixed = {n: t.detach().requires_grad_() for n, t in fixed.items()}
-        # Real-valued targets get a tangent of zeros: F.mse_loss fails on the symbolic zero that constants have.
-        targets = pytree.tree_map_only(_is_real, lambda t: _dual(t, torch.zeros_like(t)), targets)
-        loss = support_loss(theta, fixed, targets)
-        # create_graph: some backward formulas have a tangent only where they are differentiable themselves.
-        sources = {**theta, **fixed}
-        gradients = torch.autograd.grad(loss, list(sources.values()), create_graph=True, materialize_grads=True)
-        tangents = [forward_ad.unpack_dual(g).tangent for g in gradients]  # type: ignore[no-untyped-call]
-        products = {
-            name: torch.zeros_like(gradient) if tangent is None else tangent.detach()
-            for name, gradient, tangent in zip(sources, gradients, tangents, strict=True)
-        }
-    return {n: products[n] for n in theta}, {n: products[n] for n in fixed}
-
-
-def _dual(value: Tensor, tangent: Tensor) -> Tensor:
-    dual: Tensor = forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call]
-    return dual
-
-
-def _functional_forward_over_reverse(
-    support_loss: SupportLoss, theta: Tensors, fixed: Tensors, targets: Any, u: Tensors
-) -> tuple[Tensors, Tensors]:
-    """The same by ``torch.func``, which ``vmap`` needs."""
-    leaves, structure = pytree.tree_flatten(targets)
-    real = {i: t for i, t in enumerate(leaves) if _is_real(t)}
-
-    def gradients(theta: Tensors, real: dict[int, Tensor]) -> tuple[Tensors, Tensors]:
-        targets = pytree.tree_unflatten([real.get(i, t) for i, t in enumerate(leaves)], structure)
-        both: tuple[Tensors, Tensors] = grad(support_loss, argnums=(0, 1))(theta, fixed, targets)
-        return both
-
-    zeros = {i: torch.zeros_like(t) for i, t in real.items()}
-    products: tuple[Tensors, Tensors] = jvp(gradients, (theta, real), (u, zeros))[1]
-    return products
-
-
-def _is_real(leaf: object) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
-
-
-def _reverse_over_reverse(
-    support_loss: SupportLoss, theta: Tensors, fixed: Tensors, targets: Any, u: Tensors
-) -> tuple[Tensors, Tensors]:
-    theta = {n: t.detach().requires_grad_() for n, t in theta.items()}
-    fixed = {n: t.detach().requires_grad_() for n, t in fixed.items()}
-    sources = [*theta.values(), *fixed.values()]
-    with torch.enable_grad():
-        g = torch.autograd.grad(
-            support_loss(theta, fixed, targets),
-            list(theta.values()),
-            create_graph=True,
-            materialize_grads=True,
-        )
-        along = torch.stack([(a * b).sum() for a, b in zip(g, u.values(), strict=True)]).sum()
-        products = (
-            torch.autograd.grad(along, sources, materialize_grads=True)
-            if along.requires_grad
-            else [torch.zeros_like(t) for t in sources]
-        )
-    by_name = dict(zip([*theta, *fixed], products, strict=True))
-    return {n: by_name[n] for n in theta}, {n: by_name[n] for n in fixed}
+def _recomputed(
+    loop: InnerLoop, step: _Step, fixed: Tensors, k: int, support: Examples, device: torch.device
+) -> SecondOrder:
+    """The derivatives of step k's gradient, by computing it once more as it was, dropout masks and all."""
+    with replayed_randomness(step.randomness, device):
+        again = loop.gradient(step.theta, fixed, step.statistics, k, support, keep_graph=True)
+    assert again.second_order is not None
+    return again.second_order
 
 
 def _device(tensors: Tensors) -> torch.device:

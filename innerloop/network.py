@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -33,7 +34,16 @@ class Network:
         # second derivatives nor forward-mode ones, the MATH backend has both.
         args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, None)
         with sdpa_kernel(SDPBackend.MATH):
-            return functional_call(self.model, {**parameters, **buffers}, args, kwargs)
+            return functional_call(self.model, {**parameters, **buffers}, args, kwargs, tie_weights=self._tied)
+
+    @cached_property
+    def _tied(self) -> bool:
+        """Whether a tensor has two names in the model, which takes time to find out."""
+        named = [
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
+        ]
+        return len({id(t) for _, t in named}) < len(named)
 
     def loss(
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], examples: Examples

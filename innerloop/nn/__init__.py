@@ -2,6 +2,7 @@
 
 from innerloop.nn.conv4 import Conv4
 from innerloop.nn.mlp import MLP
+from innerloop.nn.norm_act_pool import NormActPool
 from innerloop.nn.resnet12 import ResNet12
 
-__all__ = ["MLP", "Conv4", "ResNet12"]
+__all__ = ["MLP", "Conv4", "NormActPool", "ResNet12"]

@@ -6,6 +6,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from innerloop.nn.norm_act_pool import NormActPool
+
 
 class Conv4(nn.Module):
     """4 x [3x3 convolution, batch norm, leaky ReLU (0.01), 2x2 max-pool], then a linear head (MAML++, section 5).
@@ -43,7 +45,5 @@ class Conv4(nn.Module):
 def _block(channels: int, filters: int, strided: bool) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels, filters, 3, padding=1, stride=2 if strided else 1),
-        nn.BatchNorm2d(filters),
-        nn.LeakyReLU(0.01),
-        nn.Identity() if strided else nn.MaxPool2d(2),
+        NormActPool(filters, negative_slope=0.01, pool=None if strided else 2),
     )

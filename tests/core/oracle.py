@@ -20,10 +20,12 @@ WAYS = EXACT + FIRST_ORDER
 """Every way to a meta-gradient: the mode, and whether tasks are looped over or vmapped."""
 
 
-def make(model: nn.Module, loss: Callable[[Any, Any], Tensor], method: Method, way: str) -> MetaLearner:
-    """A learner that takes one of ``WAYS``, and no other by itself."""
+def make(
+    model: nn.Module, loss: Callable[[Any, Any], Tensor], method: Method, way: str, stored_steps: int = 2
+) -> MetaLearner:
+    """A learner that takes one of ``WAYS``, and no other by itself; some of its steps stored and some not."""
     mode, _, vmapped = way.partition(" ")
-    return MetaLearner(model, loss, method, mode, parallel="vmap" if vmapped else "loop")
+    return MetaLearner(model, loss, method, mode, parallel="vmap" if vmapped else "loop", stored_steps=stored_steps)
 
 
 def naive_task_loss(

@@ -42,12 +42,12 @@ class PeakMemory(TorchDispatchMode):
 WIDTH, BATCH = 8, 2000  # an activation is some hundred times the size of the weights
 
 
-def peak(way: str, steps: int, tasks: int = 1) -> int:
+def peak(way: str, steps: int, tasks: int = 1, stored_steps: int = 0) -> int:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
     examples = Examples(torch.randn(BATCH, WIDTH), torch.randn(BATCH, 1))
     meta_batch = stack_tasks([Task(examples, examples)] * tasks)
-    learner = make(model, F.mse_loss, maml(inner_steps=steps, msl=True), way)
+    learner = make(model, F.mse_loss, maml(inner_steps=steps, msl=True), way, stored_steps)
     with PeakMemory(meta_batch) as memory:
         learner.backward(meta_batch, epoch=0)
     return memory.peak
@@ -68,6 +68,15 @@ def test_mixed_and_first_order_keep_fast_weights_and_gradients_alone() -> None:
         growth = peak(way, 8) - peak(way, 2)
         assert growth < 6 * 8 * WEIGHTS, way  # theta, g, the query gradient and small change
         assert 6 * 8 * WEIGHTS < ACTIVATION  # so that one kept activation would be seen
+
+
+def test_mixed_keeps_the_graphs_of_as_many_steps_as_it_is_told() -> None:
+    for way in ("mixed", "mixed vmap"):
+        peak(way, 1)
+        three, two = (peak(way, 8, stored_steps=stored) for stored in (3, 2))
+        assert 4 * ACTIVATION < three - two < 10 * ACTIVATION, way  # a step's graph
+        growth = peak(way, 8, stored_steps=2) - peak(way, 3, stored_steps=2)
+        assert growth < 5 * 8 * WEIGHTS, way
 
 
 def test_looping_over_tasks_takes_memory_for_one() -> None:
