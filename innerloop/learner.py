@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import reduce
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,12 @@ from torch.utils import _pytree as pytree
 
 from innerloop import learning_rates, per_step
 from innerloop.inner_loop import InnerLoop, MetaParameters
-from innerloop.meta_gradients import META_GRADIENTS, GradientMode, TaskGradient
+from innerloop.meta_gradients import META_GRADIENTS, GradientMode, LossWeights, TaskGradient
 from innerloop.methods import Method, maml
 from innerloop.network import Loss, Network, Normalisation, evaluating
 from innerloop.per_step import Statistics
-from innerloop.tasks import Examples, Task, concatenated, meta_batch_size, select_task, stacked
+from innerloop.precision import Precision
+from innerloop.tasks import Examples, Task, as_task, concatenated, meta_batch_size, select_task, stacked
 from innerloop.update_rules import UPDATE_RULES, Tensors
 
 MetaBatch = tuple[tuple[Any, Any], tuple[Any, Any]]
@@ -63,6 +64,18 @@ class MetaBatchResult:
     query_outputs: Any
 
 
+class Plan(NamedTuple):
+    """What a meta-gradient is to be, at one time in training.
+
+    Attributes:
+        mode: how it is computed.
+        weights: w_1 .. w_K of the query losses.
+    """
+
+    mode: GradientMode
+    weights: LossWeights
+
+
 class MetaLearner:
     """Meta-learns the initialisation of ``model`` (and rates and norm stacks, as the method says).
 
@@ -83,6 +96,8 @@ class MetaLearner:
             order. ``"auto"`` is mixed.
         stored_steps: in mixed mode, how many of the last inner steps keep the graph of their gradient for the walk
             back, which saves computing it once more: a fifth of the arithmetic. Set it lower where memory is short.
+        precision: of convolutions: ``"float32"`` is whatever the model has, ``"bf16"`` rounds their inputs to bfloat16
+            where the model is called by this learner; everything else stays as it is.
         parallel: ``"loop"`` works through the tasks one by one, with memory for one; ``"vmap"`` does all at once, in
             mixed and first-order mode. ``"auto"`` is vmap on a GPU and for small models, where overhead is what costs,
             and loop for others and for models that cannot be vmapped (``nn.LSTM``).
@@ -99,7 +114,10 @@ class MetaLearner:
         mode: Literal["auto"] | GradientMode = "auto",
         parallel: Parallel = "auto",
         stored_steps: int = 5,
+        precision: Precision = "float32",
     ) -> None:
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}; got {precision!r}")
         if stored_steps < 0:
             raise ValueError(f"stored_steps must be 0 or more, got {stored_steps}")
         if parallel not in get_args(Parallel):
@@ -110,7 +128,7 @@ class MetaLearner:
         self.method = method = method if method is not None else maml()
         self.mode: GradientMode = "mixed" if mode == "auto" else mode
         self.loop = InnerLoop(
-            Network(model, loss), UPDATE_RULES[method.inner_rule], method.lslr, stored_steps=stored_steps
+            Network(model, loss, precision), UPDATE_RULES[method.inner_rule], method.lslr, stored_steps=stored_steps
         )
         self.meta = _meta_parameters(model, method)
         self.statistics = _statistics(model, method)
@@ -186,15 +204,28 @@ class MetaLearner:
 
         ``accumulate`` takes it from there, so that the tasks of a meta-batch can be shared out over processes.
         """
-        support, query = tasks  # plain pairs will do
-        tasks = Task(Examples(*support), Examples(*query))
-        size = meta_batch_size(tasks)
+        return self.planned_gradients(as_task(tasks), self.plan(epoch))
+
+    def plan(self, epoch: float | None = None) -> Plan:
+        """What is to be computed at an epoch.
+
+        Raises:
+            ValueError: the method needs the epoch.
+        """
         if epoch is None and self.method.needs_epoch:
             raise ValueError("this method has MSL or DA, whose schedules need the epoch: backward(tasks, epoch)")
-        weights = self.method.loss_weights(epoch or 0)
         second_order = self.method.derivative_order(epoch or 0) == 2
-        mode = self.mode if second_order else "first-order"
-        return self._vmapped(mode, tasks, size, weights) or self._looped(mode, tasks, size, weights)
+        return Plan(self.mode if second_order else "first-order", self.method.loss_weights(epoch or 0))
+
+    def planned_gradients(self, tasks: Task, plan: Plan) -> TaskGradient:
+        """``task_gradients`` as a plan has it."""
+        size = meta_batch_size(tasks)
+        return self._vmapped(tasks, size, plan) or self._looped(tasks, size, plan)
+
+    @property
+    def vmapped(self) -> bool:
+        """Whether tasks are worked through all at once."""
+        return self._vmap and self.mode != "reverse"
 
     def accumulate(self, parts: Sequence[TaskGradient], epoch: float | None = None) -> MetaBatchResult:
         """Add what ``task_gradients`` gave for the parts of one meta-batch to ``.grad``, and merge the statistics.
@@ -214,25 +245,26 @@ class MetaLearner:
         self.statistics.assign_mean(result.statistics)
         return outcome
 
-    def _looped(self, mode: GradientMode, tasks: Task, size: int, weights: list[float]) -> TaskGradient:
+    def _looped(self, tasks: Task, size: int, plan: Plan) -> TaskGradient:
         """One task after the other."""
         total: MetaParameters | None = None
         rest: list[TaskGradient] = []
         for i in range(size):
-            result = META_GRADIENTS[mode](self.loop, self.meta, self.statistics, select_task(tasks, i), weights)
+            meta_gradient = META_GRADIENTS[plan.mode]
+            result = meta_gradient(self.loop, self.meta, self.statistics, select_task(tasks, i), plan.weights)
             total = result.gradient if total is None else pytree.tree_map(torch.add, total, result.gradient)
             rest.append(_without_gradient(result))
         assert total is not None
         return stacked(rest)._replace(gradient=total)
 
-    def _vmapped(self, mode: GradientMode, tasks: Task, size: int, weights: list[float]) -> TaskGradient | None:
+    def _vmapped(self, tasks: Task, size: int, plan: Plan) -> TaskGradient | None:
         """All tasks at once; None where tasks are to be looped over."""
-        if not self._vmap or mode == "reverse":
+        if not self._vmap or plan.mode == "reverse":
             return None
         loop = replace(self.loop, functional=True)
 
         def task_gradient(statistics: Statistics, task: Task) -> TaskGradient:
-            return META_GRADIENTS[mode](loop, self.meta, statistics, task, weights)
+            return META_GRADIENTS[plan.mode](loop, self.meta, statistics, task, plan.weights)
 
         try:
             result = vmap(task_gradient, randomness="different")(self.statistics.expanded(size), tasks)

@@ -18,7 +18,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -34,6 +34,8 @@ from innerloop.tasks import Examples, Task
 from innerloop.update_rules import Tensors
 
 GradientMode = Literal["reverse", "mixed", "first-order"]
+LossWeights = Sequence[Tensor | float]
+"""w_1 .. w_K of the query losses. A loss whose weight is the number 0 is not computed."""
 
 
 class TaskGradient(NamedTuple):
@@ -57,7 +59,7 @@ class TaskGradient(NamedTuple):
 
 
 def reverse(
-    loop: InnerLoop, meta: MetaParameters, statistics: Statistics, task: Task, weights: list[float]
+    loop: InnerLoop, meta: MetaParameters, statistics: Statistics, task: Task, weights: LossWeights
 ) -> TaskGradient:
     """Exact meta-gradient by autograd through the unrolled inner loop."""
     meta = MetaParameters(
@@ -74,11 +76,11 @@ def reverse(
         g = torch.autograd.grad(loss, list(theta.values()), create_graph=True, materialize_grads=True)
         theta, state = loop.update(theta, state, dict(zip(theta, g, strict=True)), meta.rates, k)
         record.support_losses.append(loss)
-        if weight:
+        if _counts(weight):
             loss, record.outputs, buffers = loop.network.loss({**theta, **psi}, statistics.at_step(k), task.query)
             statistics = statistics.updated(k, buffers)
             total = total + weight * loss
-        record.query_losses.append(loss if weight else None)
+        record.query_losses.append(loss if _counts(weight) else None)
     learned = {(i, n): t for i, group in enumerate(meta) for n, t in group.items() if t.requires_grad}
     values = torch.autograd.grad(total, list(learned.values()), materialize_grads=True)
     gradients = dict(zip(learned, values, strict=True))
@@ -89,20 +91,20 @@ def reverse(
 
 
 def mixed(
-    loop: InnerLoop, meta: MetaParameters, statistics: Statistics, task: Task, weights: list[float]
+    loop: InnerLoop, meta: MetaParameters, statistics: Statistics, task: Task, weights: LossWeights
 ) -> TaskGradient:
     """Exact meta-gradient by the adjoint walk: memory does not grow with K beyond the fast weights."""
     return _adjoint_walk(loop, meta, statistics, task, weights, second_order=True)
 
 
 def first_order(
-    loop: InnerLoop, meta: MetaParameters, statistics: Statistics, task: Task, weights: list[float]
+    loop: InnerLoop, meta: MetaParameters, statistics: Statistics, task: Task, weights: LossWeights
 ) -> TaskGradient:
     """FOMAML's meta-gradient: the support gradients count as constants."""
     return _adjoint_walk(loop, meta, statistics, task, weights, second_order=False)
 
 
-MetaGradient = Callable[[InnerLoop, MetaParameters, Statistics, Task, list[float]], TaskGradient]
+MetaGradient = Callable[[InnerLoop, MetaParameters, Statistics, Task, LossWeights], TaskGradient]
 META_GRADIENTS: dict[GradientMode, MetaGradient] = {
     "reverse": reverse,
     "mixed": mixed,
@@ -129,7 +131,7 @@ def _adjoint_walk(
     meta: MetaParameters,
     statistics: Statistics,
     task: Task,
-    weights: list[float],
+    weights: LossWeights,
     *,
     second_order: bool,
 ) -> TaskGradient:
@@ -143,19 +145,21 @@ def _adjoint_walk(
     steps: list[_Step] = []
     for k, weight in enumerate(weights):
         psi = meta.fixed_at_step(k)
-        before, randomness = statistics, random_state(device)
+        before = statistics
         stored = second_order and k >= len(weights) - loop.stored_steps
+        # Asking for the generator's state waits for a GPU, which a CUDA graph may not.
+        randomness = random_state(device) if second_order and not stored else []
         support = loop.gradient(theta, psi, statistics, k, task.support, keep_graph=stored)
         statistics = support.statistics
         step = _Step(theta, state, support.theta, before, randomness, support.second_order, {}, {})
         theta, state = loop.step(theta, state, support.theta, rates, k)
         record.support_losses.append(support.loss)
-        if weight:
+        if _counts(weight):
             query = loop.gradient(theta, psi, statistics, k, task.query, with_fixed=True)
             statistics, record.outputs = query.statistics, query.outputs
             step.query_theta, step.query_psi = _scaled(query.theta, weight), _scaled(query.fixed, weight)
             total = total + weight * query.loss
-        record.query_losses.append(query.loss if weight else None)
+        record.query_losses.append(query.loss if _counts(weight) else None)
         steps.append(step)
 
     adjoint: Tensors = {n: torch.zeros_like(t) for n, t in theta.items()}
@@ -207,7 +211,11 @@ def _sum(a: Tensors, b: Tensors) -> Tensors:
     return {**b, **{n: t + b[n] if n in b else t for n, t in a.items()}}
 
 
-def _scaled(tensors: Tensors, weight: float) -> Tensors:
+def _counts(weight: Tensor | float) -> bool:
+    return isinstance(weight, Tensor) or weight != 0
+
+
+def _scaled(tensors: Tensors, weight: Tensor | float) -> Tensors:
     return {n: weight * t for n, t in tensors.items()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from innerloop.per_step import norm_layers
+from innerloop.precision import Bfloat16Convolutions, Precision
 from innerloop.tasks import Examples
 
 Loss = Callable[[Any, Any], Tensor]
@@ -27,13 +28,14 @@ class Network:
 
     model: nn.Module
     loss_function: Loss
+    precision: Precision = "float32"
 
     def outputs(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], inputs: Any) -> Any:
         """What the model makes of ``inputs``. Buffers that the model changes are changed in place."""
         # A tuple holds positional arguments and a dict keyword arguments. Attention's fused kernels have neither
         # second derivatives nor forward-mode ones, the MATH backend has both.
         args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, None)
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), Bfloat16Convolutions() if self.precision == "bf16" else nullcontext():
             return functional_call(self.model, {**parameters, **buffers}, args, kwargs, tie_weights=self._tied)
 
     @cached_property

@@ -32,6 +32,12 @@ class Task(NamedTuple):
     query: Examples
 
 
+def as_task(tasks: Any) -> Task:
+    """``(inputs, targets), (inputs, targets)`` of support and query, plain pairs or not, as a ``Task``."""
+    support, query = tasks
+    return Task(Examples(*support), Examples(*query))
+
+
 def meta_batch_size(tasks: Task) -> int:
     """Number of tasks in a meta-batch.
 

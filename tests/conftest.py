@@ -1,6 +1,7 @@
 """For every test: one core, since the models are small and other work shares the machine, and an empty cache."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def _one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("innerloop.training.building.available_cores", lambda: 1)
+@pytest.fixture(autouse=True, scope="session")
+def _one_core() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("innerloop.training.building.available_cores", lambda: 1)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ from innerloop.data import (
 )
 from innerloop.learner import MetaLearner
 from innerloop.training.config import Config, ConfigError, DataConfig
+from innerloop.training.memory import keep_freed_memory
 from innerloop.training.workers import Workers, available_cores
 
 # Mean and deviation of ImageNet's channels, as every ImageNet pipeline and the published code use them.
@@ -33,12 +34,17 @@ def build_device(config: Config) -> torch.device:
     """
     name = config.compute.device
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    tf32 = config.compute.precision == "tf32"
+    if tf32 and device.type != "cuda":
+        raise ConfigError(f"--precision tf32 is a GPU's, and this run is on {device}: take float32 or bf16")
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
     return device
 
 
@@ -103,7 +109,11 @@ def _images(data: DataConfig, seed: int, progress: bool) -> ImageDataset:
 
 
 def build_workers(config: Config, learner: MetaLearner, source: TaskSource, device: torch.device) -> Workers:
-    """The processes that share the work, each with its threads."""
+    """The processes that share the work, each with its threads.
+
+    Raises:
+        ConfigError: several processes are asked for on a GPU.
+    """
     cores = available_cores()
     processes = config.compute.processes
     if device.type != "cpu":
@@ -116,7 +126,9 @@ def build_workers(config: Config, learner: MetaLearner, source: TaskSource, devi
     threads = config.compute.threads or max(1, cores // processes)
     if device.type == "cpu":
         torch.set_num_threads(threads)
-    return Workers(learner, source, processes, threads)
+        keep_freed_memory()
+    capture = device.type == "cuda" and config.compute.cuda_graph and learner.vmapped
+    return Workers(learner, source, processes, threads, capture=capture)
 
 
 def build_learner(config: Config, device: torch.device) -> MetaLearner:
@@ -127,7 +139,15 @@ def build_learner(config: Config, device: torch.device) -> MetaLearner:
         # Convolutions of these shapes run two to three times faster channels-last on CPUs.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loss = F.mse_loss if config.regression else F.cross_entropy
-    return MetaLearner(network, loss, config.method, config.compute.mode)
+    compute = config.compute
+    return MetaLearner(
+        network,
+        loss,
+        config.method,
+        compute.mode,
+        stored_steps=compute.stored_steps,
+        precision="bf16" if compute.precision == "bf16" else "float32",
+    )
 
 
 def _network(config: Config) -> nn.Module:

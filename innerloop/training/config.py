@@ -127,6 +127,12 @@ class ComputeConfig:
     """Processes that the tasks of a meta-batch are shared out to, on a CPU (0: one for each core that helps)."""
     mode: Literal["auto", "reverse", "mixed", "first-order"] = "auto"
     """How meta-gradients are computed: reverse and mixed are exact and agree, mixed needs less memory."""
+    stored_steps: Count = 5
+    """Inner steps whose graphs mixed mode keeps; fewer take less memory and, at 0, a fifth more arithmetic."""
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    """Of convolutions; tf32 (a GPU's, and of matrix products too) and bf16 are faster and round more."""
+    cuda_graph: bool = True
+    """On a GPU, record the meta-gradient as a CUDA graph (not for networks with dropout)."""
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ class _Training:
         self.optimizer.param_groups[0]["lr"] = outer_rate(self.config, iteration)
         first = iteration * outer.meta_batch
         try:
-            result = self.workers.backward(first, outer.meta_batch, self.done.epoch)
+            result, targets = self.workers.backward(first, outer.meta_batch, self.done.epoch)
         except NonFiniteLossError as error:
             raise self._diverged(iteration, str(error)) from None
         gradients = {n: p.grad for n, p in self.learner.named_parameters() if p.grad is not None}
@@ -175,7 +175,6 @@ class _Training:
         sums.iterations += 1
         sums.loss += float(result.loss)
         if not self.config.regression:
-            targets = self.workers.source.meta_batch("train", first, outer.meta_batch).query.targets
             sums.accuracy += score(result.query_outputs, targets, False).accuracy or 0.0
         sums.gradient_norm += norm
         sums.gradient_norm_max = max(sums.gradient_norm_max, norm)

@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from innerloop.captured import CapturedGradients
 from innerloop.data import Split, TaskSource
 from innerloop.learner import MetaBatchResult, MetaLearner
 from innerloop.meta_gradients import TaskGradient
 from innerloop.network import Normalisation
 from innerloop.tasks import Task
+from innerloop.training.memory import keep_freed_memory
 
 
 class WorkerError(RuntimeError):
@@ -47,6 +49,13 @@ class TaskOutputs(NamedTuple):
     targets: Tensor
 
 
+class TrainingPart(NamedTuple):
+    """The gradients of some tasks, and their query targets ``[T, n, ...]``."""
+
+    gradients: TaskGradient
+    targets: Tensor
+
+
 @dataclass(frozen=True)
 class GradientRequest:
     """Ask for the gradients of some tasks of a meta-batch."""
@@ -55,9 +64,10 @@ class GradientRequest:
     size: int
     epoch: float
 
-    def answer(self, learner: MetaLearner, source: TaskSource) -> TaskGradient:
+    def answer(self, gradients: MetaLearner | CapturedGradients, source: TaskSource) -> TrainingPart:
         """Compute them."""
-        return learner.task_gradients(source.meta_batch("train", self.start, self.size), self.epoch)
+        tasks = source.meta_batch("train", self.start, self.size)
+        return TrainingPart(gradients.task_gradients(tasks, self.epoch), tasks.query.targets)
 
 
 @dataclass(frozen=True)
@@ -102,10 +112,19 @@ class Workers:
         source: what tasks are taken from; sent to each worker once.
         processes: 1: everything is done here, as if there were no workers.
         threads: threads of each worker inside an operation; those of the calling process are its own business.
+        capture: replay the calling process's meta-gradients as CUDA graphs.
     """
 
-    def __init__(self, learner: MetaLearner, source: TaskSource, processes: int = 1, threads: int = 1) -> None:
+    def __init__(
+        self,
+        learner: MetaLearner,
+        source: TaskSource,
+        processes: int = 1,
+        threads: int = 1,
+        capture: bool = False,
+    ) -> None:
         self.learner, self.source = learner, source
+        self._gradients = CapturedGradients(learner) if capture else learner
         self._connections: list[Connection] = []
         self._processes: list[SpawnProcess] = []
         if processes > 1:
@@ -138,15 +157,19 @@ class Workers:
         """Processes, this one included."""
         return len(self._connections) + 1
 
-    def backward(self, start: int, size: int, epoch: float) -> MetaBatchResult:
+    def backward(self, start: int, size: int, epoch: float) -> tuple[MetaBatchResult, Tensor]:
         """``MetaLearner.backward`` on training tasks ``start .. start + size - 1``, shared out evenly.
 
         The same tasks whatever the number of processes; sums are the same but for rounding.
+
+        Returns:
+            The result, and the tasks' query targets ``[T, n, ...]``.
         """
         bounds = [start + size * i // self.count for i in range(self.count + 1)]
         spans = [(a, b - a) for a, b in pairwise(bounds) if b > a]
-        parts = self._ask([GradientRequest(first, count, epoch) for first, count in spans])
-        return self.learner.accumulate(parts, epoch)
+        parts: list[TrainingPart] = self._ask([GradientRequest(first, count, epoch) for first, count in spans])
+        result = self.learner.accumulate([part.gradients for part in parts], epoch)
+        return result, torch.cat([part.targets for part in parts])
 
     def outputs(
         self, split: Split, tasks: int, steps: int, normalisations: tuple[Normalisation, ...]
@@ -166,7 +189,12 @@ class Workers:
         try:
             for connection, request in asked:
                 connection.send(request)
-            own = requests[-1].answer(self.learner, self.source)
+            last = requests[-1]
+            own: Any
+            if isinstance(last, GradientRequest):
+                own = last.answer(self._gradients, self.source)
+            else:
+                own = last.answer(self.learner, self.source)
             answers = [_received(connection.recv()) for connection, _ in asked]
         except (EOFError, BrokenPipeError, ConnectionResetError):
             codes = [p.exitcode for p in self._processes]
@@ -181,6 +209,7 @@ def _work(connection: Connection, learner: MetaLearner, source: TaskSource, thre
     """A worker's life: answer requests until nobody can ask any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
     torch.set_num_threads(threads)
+    keep_freed_memory()
     while True:
         try:
             request: Request = connection.recv()

@@ -1,0 +1,1 @@
+"""How fast a meta-training step is, and how much memory it takes, beside other ways to take it."""

@@ -1,0 +1,145 @@
+"""Contenders side by side: each in a process of its own, asked in turn, so that noise falls on all alike."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from innerloop.bench.cases import Case
+from innerloop.bench.contenders import CONTENDERS
+
+
+class ContenderError(RuntimeError):
+    """A contender's process failed."""
+
+
+@dataclass
+class Measurement:
+    """What one contender showed on one case.
+
+    Attributes:
+        seconds: of each round's step.
+        loss: of the last step; the same for all that do the same arithmetic, but for rounding.
+        memory: peak resident memory of its processes together, above what they held with the libraries imported, in
+            bytes; ``None`` where the system does not say.
+        memory_total: the same with what they held before.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    loss: float = float("nan")
+    memory: int | None = None
+    memory_total: int | None = None
+
+    @property
+    def median(self) -> float:
+        """Median seconds of a step."""
+        return statistics.median(self.seconds)
+
+
+def measure(
+    case: Case, names: Sequence[str], rounds: int, warm_up: int = 2, tick: Callable[[str], None] = lambda _: None
+) -> dict[str, Measurement]:
+    """Time a step of each contender ``rounds`` times, in turn, after ``warm_up`` steps of each that do not count.
+
+    Raises:
+        ContenderError: one could not be built or failed; its message is quoted.
+    """
+    results = {name: Measurement() for name in names}
+    with ExitStack() as running:
+        asked = {name: running.enter_context(_running(case, name)) for name in names}
+        for turn in range(-warm_up, rounds):
+            for name, ask in asked.items():
+                tick(name)
+                seconds, loss = ask("step")
+                if turn >= 0:
+                    results[name].seconds.append(seconds)
+                    results[name].loss = loss
+        for name, ask in asked.items():
+            results[name].memory, results[name].memory_total = ask("memory")
+    return results
+
+
+def ratios(slower: Measurement, faster: Measurement) -> list[float]:
+    """How many times as long the one took as the other, in each round."""
+    return [a / b for a, b in zip(slower.seconds, faster.seconds, strict=True)]
+
+
+@contextmanager
+def _running(case: Case, name: str) -> Iterator[Callable[[str], Any]]:
+    """A contender's process; the function asks it."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, case, name))
+    process.start()
+    there.close()
+
+    def ask(what: str) -> Any:
+        try:
+            here.send(what)
+            answer = here.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            process.join(5)
+            raise ContenderError(
+                f"{name} died with exit code {process.exitcode} (-9 is often for want of memory)"
+            ) from None
+        if isinstance(answer, Exception):
+            raise ContenderError(f"{name} failed: {answer}")
+        return answer
+
+    try:
+        yield ask
+    finally:
+        here.close()
+        process.join(timeout=10)
+        if process.is_alive():
+            process.terminate()
+
+
+def _serve(connection: Connection, case: Case, name: str) -> None:
+    """A contender's life: a step or its memory, whenever it is asked, until nobody can ask any more."""
+    before = _peak([os.getpid()])
+    step = None
+    while True:
+        try:
+            what = connection.recv()
+        except EOFError:
+            break
+        try:
+            if what == "memory":
+                children = [p.pid for p in multiprocessing.active_children() if p.pid is not None]
+                total = _peak([os.getpid(), *children])
+                # A worker starts as this process did.
+                above = None if total is None or before is None else total - before * (1 + len(children))
+                answer: Any = (above, total)
+            else:
+                step = step or CONTENDERS[name].build(case)
+                started = time.perf_counter()
+                loss = step()
+                answer = (time.perf_counter() - started, loss)
+        except Exception as error:
+            answer = RuntimeError(f"{type(error).__name__}: {error}")
+        connection.send(answer)
+    os._exit(0)  # workers end with their pipes; nothing here is worth waiting for
+
+
+def _peak(processes: Sequence[int]) -> int | None:
+    """Peak resident bytes of these processes together."""
+    if sys.platform.startswith("linux"):
+        total = 0
+        for process in processes:
+            lines = Path(f"/proc/{process}/status").read_text().splitlines()
+            total += next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+        return total
+    if sys.platform == "darwin" and len(processes) == 1:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return None

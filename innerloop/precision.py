@@ -1,0 +1,37 @@
+"""Convolutions in lower precision than the rest of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Precision = Literal["float32", "bf16"]
+
+
+class Bfloat16Convolutions(TorchFunctionMode):
+    """Within it, convolutions round their inputs to bfloat16 and give their result in the inputs' own precision.
+
+    So do their derivatives. Weights, updates, normalisation and losses stay as they are.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Divert ``F.conv1d``, ``conv2d`` and ``conv3d``."""
+        if func not in _CONVOLUTIONS:
+            return func(*args, **(kwargs or {}))
+
+        def rounded(value: Any) -> Any:
+            return value.to(torch.bfloat16) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        precision = args[0].dtype
+        result: Tensor = func(*map(rounded, args), **{n: rounded(v) for n, v in (kwargs or {}).items()})
+        return result.to(precision)
+
+
+_CONVOLUTIONS: tuple[Callable[..., Any], ...] = (F.conv1d, F.conv2d, F.conv3d)
