@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from innerloop.methods import METHODS, Method
-from innerloop.nn import Conv4, ResNet12
+from innerloop.nn import Conv4, ConvNormActPool, NormActPool, ResNet12
 from innerloop.tasks import Examples, Task
 
 
@@ -69,6 +69,21 @@ class Case:
             return Examples(inputs, torch.arange(self.ways).repeat(t, per_class))
 
         return Task(examples(self.shots), examples(self.queries))
+
+
+def native(model: nn.Module) -> nn.Module:
+    """The same network with the fused blocks taken apart into the modules that anybody has."""
+    for name, child in model.named_children():
+        if isinstance(child, ConvNormActPool):
+            setattr(model, name, native(nn.Sequential(*child)))
+        elif isinstance(child, NormActPool):
+            norm = nn.BatchNorm2d(child.num_features, child.eps, child.momentum)
+            norm.load_state_dict(child.state_dict())
+            pool = nn.Identity() if child.pool is None else nn.MaxPool2d(child.pool)
+            setattr(model, name, nn.Sequential(norm, nn.LeakyReLU(child.negative_slope), pool))
+        else:
+            native(child)
+    return model
 
 
 VOCABULARY = 1000

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from innerloop.bench.cases import Case
+from innerloop.bench.cases import Case, native
 from innerloop.bench.convolutions import ConvolutionsAlone
 from innerloop.data import Split
 from innerloop.learner import MetaLearner
-from innerloop.nn import NormActPool
 from innerloop.tasks import Task, select_task
 from innerloop.training.memory import keep_freed_memory
 from innerloop.training.workers import Workers, available_cores
@@ -97,7 +96,7 @@ def _convolutions(case: Case) -> Step:
 def _plain(case: Case, layout: torch.memory_format = torch.contiguous_format) -> Step:
     """The loop as one writes it: ``create_graph=True``, the tasks' losses summed, one backward."""
     torch.set_num_threads(available_cores())
-    model = _native(case.build_model()).to(memory_format=layout)  # type: ignore[call-overload]
+    model = native(case.build_model()).to(memory_format=layout)  # type: ignore[call-overload]
     method, steps, tasks = case.build_method(), case.inner_steps, case.meta_batch()
     norm = {f"{n}.{p}" for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) for p in ("weight", "bias")}
     norm = norm if method.bnwb else set()
@@ -138,7 +137,7 @@ def _higher(case: Case, layout: torch.memory_format = torch.contiguous_format) -
     import higher
 
     torch.set_num_threads(available_cores())
-    model = _native(case.build_model()).to(memory_format=layout)  # type: ignore[call-overload]
+    model = native(case.build_model()).to(memory_format=layout)  # type: ignore[call-overload]
     optimiser = torch.optim.SGD(model.parameters(), lr=case.build_method().inner_lr)
     tasks = case.meta_batch()
 
@@ -166,7 +165,7 @@ def _torchopt(case: Case, layout: torch.memory_format = torch.contiguous_format)
     import torchopt
 
     torch.set_num_threads(available_cores())
-    model = _native(case.build_model()).to(memory_format=layout)  # type: ignore[call-overload]
+    model = native(case.build_model()).to(memory_format=layout)  # type: ignore[call-overload]
     optimiser = torchopt.MetaSGD(model, lr=case.build_method().inner_lr)
     tasks = case.meta_batch()
     learned = list(model.parameters())
@@ -192,19 +191,6 @@ def _torchopt(case: Case, layout: torch.memory_format = torch.contiguous_format)
     return step
 
 
-def _native(model: nn.Module) -> nn.Module:
-    """The same network with the fused blocks taken apart into the modules that anybody has."""
-    for name, child in model.named_children():
-        if isinstance(child, NormActPool):
-            norm = nn.BatchNorm2d(child.num_features, child.eps, child.momentum)
-            norm.load_state_dict(child.state_dict())
-            pool = nn.Identity() if child.pool is None else nn.MaxPool2d(child.pool)
-            setattr(model, name, nn.Sequential(norm, nn.LeakyReLU(child.negative_slope), pool))
-        else:
-            _native(child)
-    return model
-
-
 def _is_maml(case: Case) -> bool:
     return case.method == "maml"
 
@@ -218,6 +204,7 @@ CONTENDERS: dict[str, Contender] = {
     "innerloop": Contender(_innerloop),
     "innerloop, reverse mode": Contender(lambda case: _innerloop(case, mode="reverse")),
     "innerloop, no step stored": Contender(lambda case: _innerloop(case, stored_steps=0)),
+    "innerloop, bf16 convolutions": Contender(lambda case: _innerloop(case, precision="bf16"), _convolutional),
     "innerloop, one process": Contender(lambda case: _innerloop(case, processes=1)),
     "plain loop": Contender(_plain),
     "plain loop, channels-last": Contender(lambda case: _plain(case, **_LAST), _convolutional),

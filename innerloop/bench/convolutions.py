@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from innerloop.bench.cases import Case
+from innerloop.bench.cases import Case, native
 from innerloop.inner_loop import MetaParameters
 from innerloop.learner import MetaBatchResult
 from innerloop.meta_gradients import TaskGradient
@@ -26,6 +26,7 @@ class _Layer(NamedTuple):
     dy: Tensor
     u: Tensor
     w_t: Tensor
+    bias: bool
     arguments: tuple[Any, ...]
     first: bool
 
@@ -33,7 +34,8 @@ class _Layer(NamedTuple):
         torch.convolution(x, w, None, *self.arguments)
 
     def backward(self, x: Tensor, w: Tensor, dx: bool, dw: bool) -> None:
-        torch.ops.aten.convolution_backward(self.dy, x, w, None, *self.arguments, [dx, dw, False])
+        wanted = [dx, dw, dw and self.bias]
+        torch.ops.aten.convolution_backward(self.dy, x, w, [len(w)], *self.arguments, wanted)
 
 
 class ConvolutionsAlone:
@@ -47,7 +49,7 @@ class ConvolutionsAlone:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.model = case.build_model().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = native(case.build_model()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.weights = case.build_method().loss_weights(0)
         self._layers: dict[int, list[_Layer]] = {}
 
@@ -91,7 +93,7 @@ class ConvolutionsAlone:
             if not layer.first:
                 layer.forward(layer.u, layer.w)
                 layer.backward(layer.x, layer.w_t, True, False)
-                layer.backward(layer.u, layer.w, False, True)
+                layer._replace(bias=False).backward(layer.u, layer.w, False, True)
         for layer in reversed(layers):
             layer.backward(layer.x, layer.w, not layer.first, True)
 
@@ -116,8 +118,8 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         y = func(*args, **(kwargs or {}))
         if func is F.conv2d:
-            x, w, _, stride, padding, dilation, groups = args
+            x, w, b, stride, padding, dilation, groups = args
             arguments = (stride, padding, dilation, False, (0, 0), groups)
             dy, u, w_t = (torch.randn_like(t) for t in (y, x, w))
-            self.layers.append(_Layer(x.clone(), w.detach(), dy, u, w_t, arguments, not self.layers))
+            self.layers.append(_Layer(x.clone(), w.detach(), dy, u, w_t, b is not None, arguments, not self.layers))
         return y

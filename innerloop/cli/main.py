@@ -17,8 +17,9 @@ innerloop: MAML and MAML++ for any PyTorch model.
   innerloop train [PRESET] [options]    meta-train; without a preset: quickstart, which needs no data
   innerloop evaluate RUN [options]      test a run on held-out classes
   innerloop presets                     what there is to train
+  innerloop bench [CASE...] [options]   time and memory of a meta-training step, beside other libraries
 
-  innerloop train --help, innerloop evaluate --help: every option with its default
+  innerloop train --help, innerloop evaluate --help, innerloop bench --help: every option with its default
   innerloop --version
 """
 
@@ -36,15 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"innerloop {__version__}")
         return OK
     name, rest = arguments[0], arguments[1:]
-    if name not in ("train", "evaluate", "presets"):
-        return _fail(f"unknown command {name!r}; there are train, evaluate and presets")
+    if name not in ("train", "evaluate", "presets", "bench"):
+        return _fail(f"unknown command {name!r}; there are train, evaluate, presets and bench")
     # Heavy imports come after the cheap mistakes.
-    from innerloop.cli import evaluate, presets, train
+    from innerloop.cli import bench, evaluate, presets, train
 
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         "train": train.run,
         "evaluate": evaluate.run,
         "presets": presets.run,
+        "bench": bench.run,
     }
     from innerloop.training.trainer import DivergedError, InterruptedRunError
 

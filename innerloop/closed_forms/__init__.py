@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from innerloop.closed_forms.conv_norm_act_pool import MOST_CHANNELS, ConvNormActPool
 from innerloop.closed_forms.convolution import Convolution
-from innerloop.closed_forms.norm_act_pool import NormActPool
+from innerloop.closed_forms.norm_act_pool import NormActPool, normalised
+from innerloop.closed_forms.operation import Operation
 
-__all__ = ["ClosedForms", "Convolution", "NormActPool"]
+__all__ = ["MOST_CHANNELS", "ClosedForms", "ConvNormActPool", "Convolution", "NormActPool", "Operation", "normalised"]
 
 
 class ClosedForms(TorchFunctionMode):
@@ -40,9 +42,10 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    if not training or weight is None or bias is None:
+    if not training or weight is None or bias is None or not input.dtype == weight.dtype == bias.dtype:
         return None
-    return NormActPool(eps).with_running_statistics(input, weight, bias, running_mean, running_var, momentum)
+    values = input.numel() // input.shape[1]
+    return normalised(NormActPool(eps), (input, weight, bias), values, running_mean, running_var, momentum)
 
 
 def _convolution(dimensions: int) -> Callable[..., Tensor | None]:

@@ -31,6 +31,11 @@ class Convolution(Operation):
 
     channels: ClassVar[tuple[int, ...]] = (1, 0, 0)
 
+    @property
+    def reads_output(self) -> bool:
+        """Of y only the shape."""
+        return False
+
     def value(self, x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, ...]:
         """The output y."""
         return (self._convolved(x, w, b),)

@@ -13,53 +13,95 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import platformdirs
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-_TYPES = {torch.float32: ("float", ctypes.c_float), torch.float64: ("double", ctypes.c_double)}
+_TYPES = {torch.float32: "float", torch.float64: "double"}
 
 
-def usable(*tensors: Tensor | None) -> bool:
-    """Whether the kernels can work on these activations: float32 or float64 on the CPU, rows of channels."""
+LARGEST_POOL = 16
+"""Window; a place in it is kept in a byte."""
+
+
+def usable(*tensors: Tensor | None, of_rows: bool = True) -> bool:
+    """Whether the kernels can work on these: float32 or float64 on the CPU, the first ``of_rows`` of channels."""
     given = [t for t in tensors if t is not None]
     x = given[0]
     return (
         x.device.type == "cpu"
         and x.dtype in _TYPES
-        and all(t.dtype == x.dtype and not is_functorch_wrapped_tensor(t) for t in given)
-        and (x.ndim == 2 or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)))
+        and all(t.dtype == x.dtype and not _batched(t) for t in given)
+        and (not of_rows or (x.ndim in _LAYOUTS and x.is_contiguous(memory_format=_LAYOUTS[x.ndim])))
         and library() is not None
     )
 
 
+_LAYOUTS = {2: torch.contiguous_format, 4: torch.channels_last}
+
+
+def _batched(tensor: Tensor) -> bool:
+    """Whether it stands for several tensors, or for one at a level of ``torch.func``, and has no memory to be read."""
+    return is_functorch_wrapped_tensor(tensor) or is_legacy_batchedtensor(tensor)
+
+
 def rows(x: Tensor) -> Tensor:
     """The same values, laid out as rows of channels."""
-    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
+    return x.contiguous(memory_format=_LAYOUTS[x.ndim])
+
+
+_SIZES = ("n", "h", "w", "C", "p")
+_REALS = ("eps", "slope")
+_TENSORS = (
+    *("x", "gamma", "beta", "y", "mean", "variance", "r", "pooled", "place"),
+    *("dy", "dx", "dgamma", "dbeta"),
+    *("u", "gamma_t", "beta_t", "u_star", "y_t", "dx_t", "dgamma_t"),
+)
+_CONVOLUTION = ("image", "weight", "bias", "weight_t", "bias_t", "dweight", "dbias")
+_PACKED = struct.Struct(f"{len(_SIZES)}q{len(_REALS)}d{len(_TENSORS)}Pq{len(_CONVOLUTION)}P")
+"""``Arguments`` of kernels.c."""
 
 
 def call(
-    name: str, x: Tensor, sizes: Sequence[int], scalars: Sequence[float], tensors: Sequence[Tensor | None]
+    name: str,
+    sizes: Sequence[int],
+    eps: float,
+    slope: float,
+    dtype: torch.dtype,
+    inputs: int = 0,
+    **tensors: Tensor | None,
 ) -> None:
-    """Call a kernel in x's dtype: sizes, then real numbers, then tensors' memory (``None`` is a null pointer)."""
-    c_name, c_real = _TYPES[x.dtype]
+    """Call a kernel with the tensors that it reads and writes, by their names in kernels.c.
+
+    ``sizes`` are n, h, w, C and p; ``inputs`` is the number of channels of the image, where there is one.
+
+    Raises:
+        MemoryError: there is none for an image's activations.
+    """
+    addresses, of_convolution = (
+        [0 if (t := tensors.get(n)) is None else t.data_ptr() for n in names] for names in (_TENSORS, _CONVOLUTION)
+    )
+    packed = _PACKED.pack(*sizes, eps, slope, *addresses, inputs, *of_convolution)
+    if _function(f"{name}_{_TYPES[dtype]}")(packed):
+        raise MemoryError("no memory for the activations of one image")
+
+
+@functools.cache
+def _function(name: str) -> Callable[[bytes], int]:
     compiled = library()
     assert compiled is not None
-    function: Callable[..., int] = getattr(compiled, f"{name}_{c_name}")
-    failed = function(
-        *map(ctypes.c_int64, sizes),
-        *map(c_real, scalars),
-        *[ctypes.c_void_p(t.data_ptr()) if t is not None else None for t in tensors],
-    )
-    if failed:
-        raise MemoryError(f"no memory for the sums of {x.shape[1]} channels")
+    function: Any = getattr(compiled, name)
+    function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
+    return cast(Callable[[bytes], int], function)
 
 
 @functools.cache

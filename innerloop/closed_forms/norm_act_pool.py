@@ -59,6 +59,18 @@ class _Point(NamedTuple):
         """Whether places are as the kernels have them."""
         return self.places is None or self.places.dtype == torch.uint8
 
+    def for_kernels(self) -> dict[str, Tensor | None]:
+        """All but x, by their names in kernels.c."""
+        gamma = self.gamma.contiguous()
+        return {
+            "gamma": gamma,
+            "y": self.y,
+            "mean": self.mean,
+            "r": self.r,
+            "pooled": self.pooled,
+            "place": self.places,
+        }
+
     def in_plane(self, window: int | None) -> _Point:
         """The same, with places in the plane, as PyTorch has it."""
         if self.places is None or window is None or not self.suits_kernels:
@@ -85,33 +97,19 @@ class NormActPool(Operation):
 
     channels: ClassVar[tuple[int, ...]] = (1, 0, 0)
 
-    def with_running_statistics(
-        self,
-        x: Tensor,
-        gamma: Tensor,
-        beta: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float,
-    ) -> Tensor:
-        """y; the running statistics move towards x's by ``momentum``, the variance in its unbiased form.
-
-        Raises:
-            ValueError: one value a channel, which has no variance.
-        """
-        count = x.numel() // x.shape[1]
-        if count == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-        y, mean, variance, *_ = self.apply(x, gamma, beta)
-        if running_mean is not None and running_var is not None:
-            with torch.no_grad():
-                running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-                running_var.mul_(1 - momentum).add_(variance, alpha=momentum * count / (count - 1))
-        return y
+    @property
+    def reads_output(self) -> bool:
+        """Of y only the sign, for leaky'."""
+        return self.negative_slope is not None
 
     def value(self, x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
         """y, then mean, variance and r of each channel, and where there is pooling x* and its index."""
-        if kernels.usable(x, gamma, beta) and (self.pool or 0) <= 16:
+        if not gamma.shape == beta.shape == x.shape[1:2]:
+            raise ValueError(
+                f"{x.shape[1]} channels need as many gammas and betas, got {tuple(gamma.shape)} and {tuple(beta.shape)}"
+            )
+        fits = self.pool is None or self.pool <= min(kernels.LARGEST_POOL, *x.shape[2:])
+        if fits and kernels.usable(x, gamma, beta):
             return self._compiled_value(x, gamma, beta)
         mean, variance = _statistics(x)
         r = torch.rsqrt(variance + self.eps)
@@ -199,43 +197,27 @@ class NormActPool(Operation):
 
     # The same three by the compiled kernels.
 
-    def _sizes(self, x: Tensor) -> tuple[int, ...]:
+    def _call(self, name: str, x: Tensor, **tensors: Tensor | None) -> None:
         n, c, *plane = x.shape
         h, w = plane or (1, 1)
-        return n, h, w, c, self.pool or 0
-
-    @property
-    def _slope(self) -> float:
-        return 1.0 if self.negative_slope is None else self.negative_slope
+        slope = 1.0 if self.negative_slope is None else self.negative_slope
+        kernels.call(name, (n, h, w, c, self.pool or 0), self.eps, slope, x.dtype, 0, x=x, **tensors)
 
     def _compiled_value(self, x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
-        gamma, beta = gamma.contiguous(), beta.contiguous()
         mean, variance, r = (torch.empty_like(gamma) for _ in range(3))
-        y = torch.empty_like(x) if self.pool is None else _pooled_map(x, self.pool, x.dtype)
-        kept: tuple[Tensor, ...] = (mean, variance, r)
-        if self.pool is not None:
-            kept = (*kept, torch.empty_like(y), _pooled_map(x, self.pool, torch.uint8))
-        arguments = [x, gamma, beta, y, *kept, *[None] * (5 - len(kept))]
-        kernels.call("value", x, self._sizes(x), [self.eps, self._slope], arguments)
-        return (y, *kept)
+        made = {"mean": mean, "variance": variance, "r": r}
+        if self.pool is None:
+            made["y"] = torch.empty_like(x)
+        else:
+            made["y"] = pooled_map(x.shape, self.pool, x.dtype)
+            made |= {"pooled": torch.empty_like(made["y"]), "place": pooled_map(x.shape, self.pool, torch.uint8)}
+        self._call("value", x, gamma=gamma.contiguous(), beta=beta.contiguous(), **made)
+        return made.pop("y"), *made.values()
 
     def _compiled_gradient(self, p: _Point, dy: Tensor, wanted: Sequence[bool]) -> Direction:
         dx = torch.empty_like(p.x) if wanted[0] else None
-        dgamma, dbeta = torch.empty_like(p.gamma), torch.empty_like(p.gamma)
-        arguments = [
-            p.x,
-            p.gamma.contiguous(),
-            p.y,
-            p.mean,
-            p.r,
-            p.pooled,
-            p.places,
-            kernels.rows(dy),
-            dx,
-            dgamma,
-            dbeta,
-        ]
-        kernels.call("gradient", p.x, self._sizes(p.x), [self._slope], arguments)
+        dgamma, dbeta = torch.empty_like(p.r), torch.empty_like(p.r)
+        self._call("gradient", p.x, **p.for_kernels(), dy=kernels.rows(dy), dx=dx, dgamma=dgamma, dbeta=dbeta)
         return dx, dgamma, dbeta
 
     def _compiled_second_order(
@@ -244,22 +226,51 @@ class NormActPool(Operation):
         x_t, gamma_t, beta_t = direction
         y_t = torch.empty_like(p.y) if wanted[0] else None
         dx_t = torch.empty_like(p.x) if wanted[1] else None
-        dgamma_t = torch.empty_like(p.gamma)
-        arguments = [
-            *(p.x, p.gamma.contiguous(), p.y, p.mean, p.r, p.pooled, p.places),
-            None if dy is None else kernels.rows(dy),
-            None if x_t is None else kernels.rows(x_t),
-            None if gamma_t is None else gamma_t.contiguous(),
-            None if beta_t is None else beta_t.contiguous(),
-            torch.empty_like(p.y),
-            *(y_t, dx_t, dgamma_t),
-        ]
-        kernels.call("second_order", p.x, self._sizes(p.x), [self._slope], arguments)
-        return y_t, dx_t, dgamma_t, torch.zeros_like(p.beta)
+        dgamma_t, dbeta_t = torch.zeros_like(p.r), torch.zeros_like(p.r)
+        self._call(
+            "second_order",
+            p.x,
+            **p.for_kernels(),
+            dy=None if dy is None else kernels.rows(dy),
+            u=None if x_t is None else kernels.rows(x_t),
+            gamma_t=None if gamma_t is None else gamma_t.contiguous(),
+            beta_t=None if beta_t is None else beta_t.contiguous(),
+            u_star=torch.empty_like(p.y) if self.pool else None,
+            y_t=y_t,
+            dx_t=dx_t,
+            dgamma_t=dgamma_t,
+        )
+        return y_t, dx_t, dgamma_t, dbeta_t
 
 
-def _pooled_map(x: Tensor, window: int, dtype: torch.dtype) -> Tensor:
-    n, c, h, w = x.shape
+def normalised(
+    op: Operation,
+    inputs: Sequence[Tensor],
+    values: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+) -> Tensor:
+    """The output of an operation that keeps mean and variance of ``values`` values a channel.
+
+    Running statistics move towards those by ``momentum``, the variance in its unbiased form.
+
+    Raises:
+        ValueError: one value a channel, which has no variance.
+    """
+    if values == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {inputs[0].shape}")
+    y, mean, variance, *_ = op.apply(*inputs)
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+            running_var.mul_(1 - momentum).add_(variance, alpha=momentum * values / (values - 1))
+    return y
+
+
+def pooled_map(shape: Sequence[int], window: int, dtype: torch.dtype) -> Tensor:
+    """Room for what pooling leaves of ``[n, C, h, w]``, channels-last."""
+    n, c, h, w = shape
     return torch.empty(n, c, h // window, w // window, dtype=dtype, memory_format=torch.channels_last)
 
 

@@ -39,6 +39,11 @@ class Operation(ABC):
 
     channels: ClassVar[tuple[int, ...]]
 
+    @property
+    def reads_output(self) -> bool:
+        """Whether the derivatives read the output's values, so that nobody may change it in place."""
+        return True
+
     @abstractmethod
     def value(self, *inputs: Any) -> tuple[Tensor, ...]:
         """The output, and what of the work is worth keeping for the derivatives."""
@@ -53,12 +58,12 @@ class Operation(ABC):
     ) -> Direction:
         """The tangent, then the curvature for each input, where they are wanted. A tangent alone needs no ``dy``."""
 
-    def repeated(self, times: int) -> Operation:
-        """The operation that treats so many times the channels as it does those of one task."""
+    def repeated(self, times: int) -> Operation | None:
+        """The operation that treats so many times the channels as it does those of one task, if there is one."""
         return self
 
     def __call__(self, *inputs: Any) -> Tensor:
-        """The output, differentiable twice, in reverse and in forward mode."""
+        """The output, differentiable once in any mode, and its gradient once more in any mode."""
         return self.apply(*inputs)[0]
 
     def apply(self, *inputs: Any) -> tuple[Tensor, ...]:
@@ -87,8 +92,10 @@ class _Value(_Function):
         ctx.inputs, ctx.kept = len(arguments), len(output) - 1
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*arguments, *output)
-        ctx.save_for_forward(*arguments, *output)
+        # Detached from its history of changes, y may be changed by what comes next (nn.ReLU(inplace=True)).
+        y = output[0] if ctx.op.reads_output else output[0].data
+        ctx.save_for_backward(*arguments, y, *output[1:])
+        ctx.save_for_forward(*arguments, y, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -159,6 +166,10 @@ class _SecondOrder(_Function):
         pass
 
     @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        _SecondOrder.backward(ctx)
+
+    @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> None:
         raise NotImplementedError(
             "innerloop's closed forms have two derivatives and not a third: to differentiate a meta-gradient, build "
@@ -205,9 +216,20 @@ def _by_channels(
     out_channels: Sequence[int],
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """``vmap``: the tasks become channels, which is also how ``vmap`` lays out a convolution's result."""
+    wide = op.repeated(size)
+    if wide is None:
+        each = [
+            function.apply(
+                op,
+                *rest,
+                *[t if t is None or d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=True)],
+            )
+            for i in range(size)
+        ]
+        return tuple(map(torch.stack, zip(*each, strict=True))), (0,) * len(each[0])
     kept = [min(t.ndim - (d is not None) - 1, 1) for t, d in zip(tensors, in_dims, strict=True) if t is not None]
     channels = [*channels, *kept[len(kept) - (len(tensors) - len(channels)) :]]
     folded = [_folded(size, t, d, c) for t, d, c in zip(tensors, in_dims, channels, strict=True)]
-    results = function.apply(op.repeated(size), *rest, *folded)
+    results = function.apply(wide, *rest, *folded)
     out_channels = [*out_channels, *[min(r.ndim - 1, 1) for r in results[len(out_channels) :]]]
     return tuple(r.unflatten(c, (size, -1)) for r, c in zip(results, out_channels, strict=True)), tuple(out_channels)

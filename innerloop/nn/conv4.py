@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from innerloop.nn.norm_act_pool import NormActPool
+from innerloop.nn.conv_norm_act_pool import ConvNormActPool
 
 
 class Conv4(nn.Module):
@@ -28,7 +28,8 @@ class Conv4(nn.Module):
         if not strided and size < 16:
             raise ValueError(f"four 2x2 poolings need images of at least 16 x 16, got {size} x {size}")
         widths = [channels, *[filters] * 4]
-        self.blocks = nn.Sequential(*[_block(a, b, strided) for a, b in pairwise(widths)])
+        stride, pool = (2, None) if strided else (1, 2)
+        self.blocks = nn.Sequential(*[ConvNormActPool(a, b, stride, 0.01, pool) for a, b in pairwise(widths)])
         self.pool = nn.AdaptiveAvgPool2d(1) if strided else nn.Identity()
         self.head = nn.Linear(filters if strided else filters * (size // 16) ** 2, ways)
         for module in self.modules():
@@ -40,10 +41,3 @@ class Conv4(nn.Module):
         """Logits ``[n, ways]`` for images ``[n, channels, size, size]``."""
         logits: Tensor = self.head(self.pool(self.blocks(x)).flatten(1))
         return logits
-
-
-def _block(channels: int, filters: int, strided: bool) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels, filters, 3, padding=1, stride=2 if strided else 1),
-        NormActPool(filters, negative_slope=0.01, pool=None if strided else 2),
-    )

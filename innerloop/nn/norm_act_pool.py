@@ -45,12 +45,22 @@ class NormActPool(nn.BatchNorm2d):
         Raises:
             ValueError: x has not four dimensions, or one value a channel, which has no variance.
         """
-        if self.training or self.running_mean is None:
+        if self.uses_batch:
             self._check_input_dim(x)
             fused = closed_forms.NormActPool(self.eps, self.negative_slope, self.pool)
-            return fused.with_running_statistics(x, self.weight, self.bias, *self._running_statistics())
+            return self.normalised(fused, x, values=x.numel() // x.shape[1])
         y = F.leaky_relu(super().forward(x), self.negative_slope)
         return y if self.pool is None else F.max_pool2d(y, self.pool)
+
+    @property
+    def uses_batch(self) -> bool:
+        """Whether the batch's own statistics normalise it, and not the running ones."""
+        return self.training or self.running_mean is None
+
+    def normalised(self, op: closed_forms.Operation, *inputs: Tensor, values: int) -> Tensor:
+        """The output of the operation that this layer is (the end of); moves the running statistics."""
+        inputs = (*inputs, self.weight, self.bias)
+        return closed_forms.normalised(op, inputs, values, *self._running_statistics())
 
     def _running_statistics(self) -> tuple[Tensor | None, Tensor | None, float]:
         """Those that are to be moved, and how far."""

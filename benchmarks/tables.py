@@ -1,0 +1,107 @@
+"""Quote the recorded benchmarks in docs/performance.md.
+
+python benchmarks/tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+BEGIN, END = "<!-- figures: python benchmarks/tables.py -->", "<!-- end of figures -->"
+
+TITLES = {
+    "omniglot-mamlpp": "MAML++ step: Omniglot 20-way 1-shot, 8 tasks, 5 steps, 64 filters, MSL, second order",
+    "omniglot-maml": "MAML step: the same shape, last step's loss",
+    "mini-imagenet-maml": "MAML step: mini-ImageNet 5-way 1-shot, 15 queries, 84x84x3, 48 filters, 2 tasks",
+    "resnet12-maml": "MAML step: ResNet-12, 5-way 1-shot, 5 queries, 32x32x3, 2 tasks",
+    "transformer-maml": "MAML step: a two-layer transformer of width 128, sequences of 64, 5-way 5-shot, 4 tasks",
+}
+
+
+def quoted() -> str:
+    """The page's figures."""
+    steps = json.loads((RESULTS / "steps.json").read_text())
+    scaling = json.loads((RESULTS / "scaling.json").read_text())
+    sampling = json.loads((RESULTS / "sampling.json").read_text())
+    parts = [
+        "## Figures",
+        f"{_machine(steps)}. float32 unless it says otherwise. `innerloop bench --rounds {steps['rounds']}`: each "
+        "contender in a process of its own, in turn; medians, with the least and the most. Ratios are taken round by "
+        "round. Memory is the peak of resident memory of all a contender's processes above what they hold with the "
+        "libraries imported, then the same with it.",
+        *(_case(name, record) for name, record in steps["cases"].items()),
+        "### Inner steps",
+        f"{_machine(scaling)}; `python benchmarks/scaling.py`: MAML, Omniglot 20-way 1-shot, 2 tasks, one to each "
+        "process; peak memory as above, then seconds of a step.",
+        _inner_steps(scaling),
+        "![Time and memory over inner steps, tasks, ways and filters](images/scaling.png)",
+        "### Sampling",
+        f"{_machine(sampling)}; `python benchmarks/sampling.py`: one process draws the 8 tasks of a MAML++ step from "
+        f"the real Omniglot in {1e3 * sampling['sampling']:.1f} ms, {100 * sampling['share']:.2f}% of the step's "
+        f"{1e3 * sampling['step']:.0f} ms. In training each process draws its own.",
+    ]
+    return "\n\n".join(parts)
+
+
+def _case(name: str, record: dict[str, Any]) -> str:
+    contenders = record["contenders"]
+    lines = [
+        f"### {TITLES[name]}",
+        "",
+        "| | s/step | times innerloop's | peak memory | with libraries |",
+        "|---|---|---|---|---|",
+    ]
+    for who, m in contenders.items():
+        ratio = m["times_innerloop"]
+        cells = [
+            who,
+            _spread({"median": m["median"], "min": min(m["seconds"]), "max": max(m["seconds"])}, 3),
+            "" if ratio is None else _spread(ratio, 2),
+            f"{m['memory'] / 1e6:.0f} MB",
+            f"{m['memory_total'] / 1e6:.0f} MB",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    if "convolutions alone" in contenders:
+        floor, ours = contenders["convolutions alone"]["seconds"], contenders["innerloop"]["seconds"]
+        share = statistics.median(a / b for a, b in zip(floor, ours, strict=True))
+        lines += ["", f"The convolutions alone take {100 * share:.0f}% of innerloop's step."]
+    return "\n".join(lines)
+
+
+def _inner_steps(scaling: dict[str, Any]) -> str:
+    points = [p for p in scaling["points"] if p["axis"] == "inner_steps"]
+    steps = sorted({p["value"] for p in points})
+    lines = [f"| | {' | '.join(f'K = {k}' for k in steps)} |", "|---" * (len(steps) + 1) + "|"]
+    for who in dict.fromkeys(p["contender"] for p in points):
+        of = {p["value"]: p for p in points if p["contender"] == who}
+        lines.append(f"| {who} | {' | '.join(_point(of[k]) for k in steps)} |")
+    return "\n".join(lines)
+
+
+def _point(point: dict[str, Any]) -> str:
+    return f"{point['memory'] / 1e6:.0f} MB, {point['median']:.2f} s"
+
+
+def _spread(values: dict[str, float], digits: int) -> str:
+    return f"{values['median']:.{digits}f} ({values['min']:.{digits}f} to {values['max']:.{digits}f})"
+
+
+def _machine(record: dict[str, Any]) -> str:
+    where = record["environment"]
+    return f"{where['device']}, {where['cores']} cores, torch {where['torch']}, commit {where['commit']}"
+
+
+def quote(text: str) -> str:
+    """The page's text with today's records."""
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    return f"{before}{BEGIN}\n{quoted()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(quote(PAGE.read_text()))

@@ -1,0 +1,154 @@
+"""``innerloop bench``: the time and memory of a meta-training step beside other ways to take it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from innerloop.bench.cases import CASES
+from innerloop.bench.contenders import CONTENDERS, DEFAULT
+from innerloop.bench.measuring import Measurement, measure, ratios
+from innerloop.training.checkpoints import write_json
+from innerloop.training.config import ConfigError
+from innerloop.training.environment import environment
+from innerloop.training.progress import Progress
+from innerloop.training.workers import available_cores
+
+
+@dataclass(frozen=True)
+class BenchArguments:
+    """Time a meta-training step of this library beside the plain loop and, where they are installed, the peers.
+
+    Each contender has a process of its own; they take their steps in turn, so that noise falls on all alike. Ratios
+    are taken round by round. The peers are higher and torchopt: pip install 'innerloop[bench]'.
+    """
+
+    cases: tyro.conf.Positional[tuple[str, ...]] = ("omniglot-mamlpp", "omniglot-maml")
+    """Which steps (--list says which there are)."""
+    contenders: tuple[str, ...] = ()
+    """Which contenders (default: innerloop, the plain loop, the peers, and the convolutions alone)."""
+    rounds: int = 9
+    """Steps of each contender that count."""
+    warm_up: int = 2
+    """Steps of each before those."""
+    list: bool = False
+    """List cases and contenders, and measure nothing."""
+    json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print the results as JSON on standard output, and no progress."""
+    out: Path | None = None
+    """Write the results as JSON to this file too."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Measure as the command line says."""
+    chosen = tyro.cli(BenchArguments, args=list(arguments), prog="innerloop bench")
+    if chosen.list:
+        _list()
+        return 0
+    plan = {name: _contenders(name, chosen.contenders) for name in chosen.cases}
+    for name in ("rounds", "warm_up"):
+        if getattr(chosen, name) < (name == "rounds"):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} must be at least {int(name == 'rounds')}, got {getattr(chosen, name)}"
+            )
+    progress = Progress(shown=not chosen.json)
+    records = {}
+    for name, contenders in plan.items():
+        with progress.task(name, len(contenders) * (chosen.rounds + chosen.warm_up)) as bar:
+            measured = measure(
+                CASES[name], contenders, chosen.rounds, chosen.warm_up, tick=lambda who: bar.advance(1, who)
+            )
+        records[name] = case_record(name, measured)
+        if not chosen.json:
+            _print(name, measured)
+    result = {
+        "version": 1,
+        "rounds": chosen.rounds,
+        "cases": records,
+        "environment": environment(torch.device("cpu"), available_cores()),
+    }
+    if chosen.out is not None:
+        write_json(chosen.out, result)
+    if chosen.json:
+        print(json.dumps(result))
+    return 0
+
+
+def case_record(name: str, measured: dict[str, Measurement]) -> dict[str, Any]:
+    """What is kept of a case's measurements."""
+    ours = measured.get("innerloop")
+    contenders = {
+        who: {
+            **asdict(m),
+            "median": m.median,
+            "times_innerloop": None if ours is None else _spread(ratios(m, ours)),
+        }
+        for who, m in measured.items()
+    }
+    return {"case": asdict(CASES[name]), "contenders": contenders}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def _contenders(case: str, asked: Sequence[str]) -> list[str]:
+    """The contenders of a case, found to exist, to be installed and to be able to do it."""
+    if case not in CASES:
+        raise ConfigError(f"there is no case {case!r}; there are {', '.join(CASES)}")
+    for name in asked:
+        if name not in CONTENDERS:
+            raise ConfigError(f"there is no contender {name!r}; there are {'; '.join(CONTENDERS)}")
+        if not CONTENDERS[name].installed:
+            raise ConfigError(f"{name} needs the package {CONTENDERS[name].needs}: pip install 'innerloop[bench]'")
+        if not CONTENDERS[name].takes(CASES[case]):
+            raise ConfigError(f"{name} cannot do {case}")
+    wanted = asked or [n for n in DEFAULT if CONTENDERS[n].installed and CONTENDERS[n].takes(CASES[case])]
+    return list(dict.fromkeys(wanted))
+
+
+def _list() -> None:
+    table = Table("case", "step", box=None)
+    for name, case in CASES.items():
+        table.add_row(name, ", ".join(f"{k} {v}" for k, v in asdict(case).items()))
+    contenders = Table("contender", "", box=None)
+    for name, contender in CONTENDERS.items():
+        contenders.add_row(name, "" if contender.installed else f"not installed: {contender.needs}")
+    console = Console()
+    console.print(table)
+    console.print(contenders)
+
+
+def _print(name: str, measured: dict[str, Measurement]) -> None:
+    table = Table(title=name, title_justify="left", box=None)
+    for column in ("", "s/step, median (least to most)", "times innerloop's", "peak memory, with libraries"):
+        table.add_column(column)
+    ours = measured.get("innerloop")
+    for who, m in measured.items():
+        ratio = "" if ours is None else _figures(ratios(m, ours), 2)
+        memory = (
+            ""
+            if m.memory is None or m.memory_total is None
+            else f"{m.memory / 1e6:.0f} MB, {m.memory_total / 1e6:.0f} MB"
+        )
+        table.add_row(who, _figures(m.seconds, 3), ratio, memory)
+    console = Console()
+    console.print(table)
+    if ours is not None and (floor := measured.get("convolutions alone")):
+        shares = ratios(floor, ours)
+        console.print(
+            f"share of the convolutions in innerloop's step: {statistics.median(shares):.0%}", highlight=False
+        )
+
+
+def _figures(values: Sequence[float], digits: int) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"

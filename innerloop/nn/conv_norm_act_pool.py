@@ -1,0 +1,67 @@
+"""The block of few-shot convolutional networks, convolution included."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from innerloop import closed_forms
+from innerloop.closed_forms import kernels
+from innerloop.nn.norm_act_pool import NormActPool
+
+
+class ConvNormActPool(nn.Sequential):
+    """A 3x3 convolution and a ``NormActPool``: ``[n, c, h, w] -> [n, C, h', w']``.
+
+    Of images of up to four channels, in float32 or float64 on a CPU, the two are one operation
+    (``innerloop.closed_forms``) that keeps nothing of the convolution's size. Everywhere else, and where a derivative
+    by the images is wanted, they are done one after the other.
+
+    Args:
+        channels: c.
+        filters: C.
+        stride: of the convolution.
+        negative_slope: of the leaky ReLU, at least 0.
+        pool: window and stride of the max-pooling; ``None`` for none.
+    """
+
+    def __init__(
+        self, channels: int, filters: int, stride: int = 1, negative_slope: float = 0.01, pool: int | None = 2
+    ) -> None:
+        super().__init__(
+            nn.Conv2d(channels, filters, 3, padding=1, stride=stride), NormActPool(filters, negative_slope, pool)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output for ``[n, c, h, w]``.
+
+        Raises:
+            ValueError: as ``NormActPool``.
+        """
+        conv, norm = cast(tuple[nn.Conv2d, NormActPool], tuple(self))
+        if norm.pool is None or not _as_one(x, conv, norm):
+            y: Tensor = norm(conv(x))
+            return y
+        fused = closed_forms.ConvNormActPool(norm.eps, norm.negative_slope, norm.pool)
+        assert conv.bias is not None
+        return norm.normalised(fused, x, conv.weight, conv.bias, values=x.numel() // x.shape[1])
+
+
+def _as_one(x: Tensor, conv: nn.Conv2d, norm: NormActPool) -> bool:
+    """Whether there is one operation for these, and it has all the derivatives that may be asked for."""
+    return (
+        x.ndim == 4
+        and x.shape[1] == conv.in_channels <= closed_forms.MOST_CHANNELS
+        and norm.uses_batch
+        and norm.pool is not None
+        and norm.pool <= min(*x.shape[2:], kernels.LARGEST_POOL)
+        and conv.stride == (1, 1)
+        and not x.requires_grad
+        and kernels.usable(x, conv.weight, conv.bias, norm.weight, norm.bias, of_rows=False)
+        and forward_ad.unpack_dual(x).tangent is None  # type: ignore[no-untyped-call]
+        and not (conv._forward_hooks or norm._forward_hooks)
+        and not torch.compiler.is_compiling()
+    )
