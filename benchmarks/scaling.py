@@ -33,12 +33,13 @@ AXES: dict[str, tuple[int, ...]] = {
     "filters": (16, 32, 64, 128),
 }
 NAMES = ("innerloop", "innerloop, no step stored", "innerloop, reverse mode", "higher", "torchopt")
+PEERS = ("innerloop", "higher", "torchopt")
+"""Measured along every axis; the others along the inner steps."""
 COLOURS = dict(zip(NAMES, (BLUE, GREEN, ORANGE, VERMILLION, GREY), strict=True))
 
 
 def main() -> None:
     """Measure, record, draw."""
-    names = [n for n in NAMES if CONTENDERS[n].installed]
     points: list[dict[str, Any]] = []
     cases: list[tuple[str, int, Case]] = [
         (axis, value, replace(BASE, **{axis: value})) for axis, values in AXES.items() for value in values
@@ -46,6 +47,7 @@ def main() -> None:
     progress = Progress()
     with progress.task("scaling", len(cases)) as bar:
         for axis, value, case in cases:
+            names = [n for n in (NAMES if axis == "inner_steps" else PEERS) if CONTENDERS[n].installed]
             for name, m in measure(case, names, ROUNDS, WARM_UP).items():
                 found = {"median": m.median, "seconds": m.seconds, "memory": m.memory, "memory_total": m.memory_total}
                 points.append({"axis": axis, "value": value, "contender": name, **found})

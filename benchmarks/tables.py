@@ -18,14 +18,17 @@ TITLES = {
     "omniglot-mamlpp": "MAML++ step: Omniglot 20-way 1-shot, 8 tasks, 5 steps, 64 filters, MSL, second order",
     "omniglot-maml": "MAML step: the same shape, last step's loss",
     "mini-imagenet-maml": "MAML step: mini-ImageNet 5-way 1-shot, 15 queries, 84x84x3, 48 filters, 2 tasks",
-    "resnet12-maml": "MAML step: ResNet-12, 5-way 1-shot, 5 queries, 32x32x3, 2 tasks",
-    "transformer-maml": "MAML step: a two-layer transformer of width 128, sequences of 64, 5-way 5-shot, 4 tasks",
+    "resnet12-maml": "MAML step: ResNet-12, 5-way 1-shot, 5 queries, 84x84x3, 1 task",
+    "resnet12-small-images-maml": "MAML step: ResNet-12, 5-way 1-shot, 5 queries, 32x32x3, 2 tasks",
+    "transformer-maml": "MAML step: a two-layer transformer of width 64, sequences of 32, 5-way 1-shot, 8 tasks",
+    "transformer-wide-maml": "MAML step: the same of width 128, sequences of 64, 5-way 5-shot, 4 tasks",
 }
 
 
 def quoted() -> str:
     """The page's figures."""
-    steps = json.loads((RESULTS / "steps.json").read_text())
+    steps = json.loads((RESULTS / "mamlpp.json").read_text())
+    steps["cases"] |= json.loads((RESULTS / "maml.json").read_text())["cases"]
     scaling = json.loads((RESULTS / "scaling.json").read_text())
     sampling = json.loads((RESULTS / "sampling.json").read_text())
     parts = [

@@ -193,7 +193,7 @@ class InnerLoop:
     def update_adjoint(
         self, theta: Tensors, state: State, g: Tensors, rates: Tensors, k: int, adjoints: tuple[Tensors, State]
     ) -> tuple[Tensors, State, Tensors, Tensors]:
-        """The adjoints of theta^k, state, g_k and the rates, from those of what ``update`` makes of them.
+        """The adjoints of theta^k, state, g_k and the learned rates, from those of what ``update`` makes of them.
 
         Under SGD these are lambda, nothing, -alpha_k * lambda and -g_k * lambda (summed to the rate's shape).
         """
@@ -204,10 +204,11 @@ class InnerLoop:
         if self.functional:
             found: tuple[Tensors, State, Tensors, Tensors] = vjp(update, theta, state, g, rates)[1](adjoints)
             return found
-        inputs = pytree.tree_map(lambda t: t.detach().requires_grad_(), (theta, state, g, rates))
-        leaves, structure = pytree.tree_flatten(inputs)
+        learned = {n: r for n, r in rates.items() if r.requires_grad}
+        sources = pytree.tree_map(lambda t: t.detach().requires_grad_(), (theta, state, g, learned))
+        leaves, structure = pytree.tree_flatten(sources)
         with torch.enable_grad():
-            outputs = pytree.tree_leaves(update(*inputs))
+            outputs = pytree.tree_leaves(update(*sources[:3], {**rates, **sources[3]}))
         values = torch.autograd.grad(outputs, leaves, pytree.tree_leaves(adjoints), materialize_grads=True)
         found = pytree.tree_unflatten(values, structure)
         return found

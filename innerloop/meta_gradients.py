@@ -171,7 +171,7 @@ def _adjoint_walk(
         adjoint = _sum(adjoint, step.query_theta)
         # u, the adjoint of g_k, is -alpha_k * lambda_{k+1} under SGD.
         adjoint, adjoint_state, u, rate_k = loop.update_adjoint(
-            step.theta, step.state, step.g, rates, k, (adjoint, adjoint_state)
+            step.theta, step.state, step.g, meta.rates, k, (adjoint, adjoint_state)
         )
         rate_gradient = _sum(rate_gradient, {n: r for n, r in rate_k.items() if meta.rates[n].requires_grad})
         psi_gradient = step.query_psi

@@ -115,7 +115,9 @@ CASES: dict[str, Case] = {
     "omniglot-mamlpp": Case(method="maml_plus_plus"),
     "omniglot-maml": Case(),
     "mini-imagenet-maml": Case(tasks=2, ways=5, queries=15, channels=3, size=84, filters=48),
-    "resnet12-maml": Case(network="resnet12", tasks=2, ways=5, queries=5, channels=3, size=32),
-    "transformer-maml": Case(network="transformer", tasks=4, ways=5, shots=5, queries=5, size=64, filters=128),
+    "resnet12-maml": Case(network="resnet12", tasks=1, ways=5, queries=5, channels=3, size=84),
+    "resnet12-small-images-maml": Case(network="resnet12", tasks=2, ways=5, queries=5, channels=3, size=32),
+    "transformer-maml": Case(network="transformer", tasks=8, ways=5, queries=5, size=32, filters=64),
+    "transformer-wide-maml": Case(network="transformer", tasks=4, ways=5, shots=5, queries=5, size=64, filters=128),
 }
 """The steps that ``innerloop bench`` knows."""
