@@ -32,7 +32,7 @@ AXES: dict[str, tuple[int, ...]] = {
     "ways": (5, 10, 20, 40),
     "filters": (16, 32, 64, 128),
 }
-NAMES = ("innerloop", "innerloop, no step stored", "innerloop, reverse mode", "higher", "torchopt")
+NAMES = ("innerloop", "innerloop, mixed mode", "innerloop, reverse mode", "higher", "torchopt")
 PEERS = ("innerloop", "higher", "torchopt")
 """Measured along every axis; the others along the inner steps."""
 COLOURS = dict(zip(NAMES, (BLUE, GREEN, ORANGE, VERMILLION, GREY), strict=True))

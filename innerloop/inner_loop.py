@@ -208,7 +208,7 @@ class InnerLoop:
         sources = pytree.tree_map(lambda t: t.detach().requires_grad_(), (theta, state, g, learned))
         leaves, structure = pytree.tree_flatten(sources)
         with torch.enable_grad():
-            outputs = pytree.tree_leaves(update(*sources[:3], {**rates, **sources[3]}))
+            outputs = pytree.tree_leaves(update(sources[0], sources[1], sources[2], {**rates, **sources[3]}))
         values = torch.autograd.grad(outputs, leaves, pytree.tree_leaves(adjoints), materialize_grads=True)
         found = pytree.tree_unflatten(values, structure)
         return found

@@ -93,7 +93,8 @@ class MetaLearner:
         method: see ``innerloop.methods``.
         mode: how second-order meta-gradients are computed: ``"mixed"`` (memory does not grow with the inner steps)
             or ``"reverse"`` (autograd through the unrolled loop). ``"first-order"`` makes every meta-gradient first
-            order. ``"auto"`` is mixed.
+            order. ``"auto"`` is reverse where tasks are looped over and have no more inner steps than ``stored_steps``,
+            and mixed elsewhere.
         stored_steps: in mixed mode, how many of the last inner steps keep the graph of their gradient for the walk
             back, which saves computing it once more: a fifth of the arithmetic. Set it lower where memory is short.
         precision: of convolutions: ``"float32"`` is whatever the model has, ``"bf16"`` rounds their inputs to bfloat16
@@ -126,7 +127,7 @@ class MetaLearner:
             raise ValueError(f"mode must be one of auto, {', '.join(META_GRADIENTS)}; got {mode!r}")
         self.model = model
         self.method = method = method if method is not None else maml()
-        self.mode: GradientMode = "mixed" if mode == "auto" else mode
+        self.mode: Literal["auto"] | GradientMode = mode
         self.loop = InnerLoop(
             Network(model, loss, precision), UPDATE_RULES[method.inner_rule], method.lslr, stored_steps=stored_steps
         )
@@ -215,7 +216,12 @@ class MetaLearner:
         if epoch is None and self.method.needs_epoch:
             raise ValueError("this method has MSL or DA, whose schedules need the epoch: backward(tasks, epoch)")
         second_order = self.method.derivative_order(epoch or 0) == 2
-        return Plan(self.mode if second_order else "first-order", self.method.loss_weights(epoch or 0))
+        mode: GradientMode = self.mode if self.mode != "auto" else self._chosen_mode()
+        return Plan(mode if second_order else "first-order", self.method.loss_weights(epoch or 0))
+
+    def _chosen_mode(self) -> GradientMode:
+        """Reverse where mixed mode would store every graph too: the same memory, and less to do one by one."""
+        return "mixed" if self._vmap or self.method.inner_steps > self.loop.stored_steps else "reverse"
 
     def planned_gradients(self, tasks: Task, plan: Plan) -> TaskGradient:
         """``task_gradients`` as a plan has it."""

@@ -202,8 +202,9 @@ def _convolutional(case: Case) -> bool:
 _LAST = {"layout": torch.channels_last}
 CONTENDERS: dict[str, Contender] = {
     "innerloop": Contender(_innerloop),
+    "innerloop, mixed mode": Contender(lambda case: _innerloop(case, mode="mixed")),
+    "innerloop, mixed mode, no step stored": Contender(lambda case: _innerloop(case, mode="mixed", stored_steps=0)),
     "innerloop, reverse mode": Contender(lambda case: _innerloop(case, mode="reverse")),
-    "innerloop, no step stored": Contender(lambda case: _innerloop(case, stored_steps=0)),
     "innerloop, bf16 convolutions": Contender(lambda case: _innerloop(case, precision="bf16"), _convolutional),
     "innerloop, one process": Contender(lambda case: _innerloop(case, processes=1)),
     "plain loop": Contender(_plain),

@@ -126,7 +126,7 @@ class ComputeConfig:
     processes: Count = 0
     """Processes that the tasks of a meta-batch are shared out to, on a CPU (0: one for each core that helps)."""
     mode: Literal["auto", "reverse", "mixed", "first-order"] = "auto"
-    """How meta-gradients are computed: reverse and mixed are exact and agree, mixed needs less memory."""
+    """How meta-gradients are computed: reverse and mixed are exact and agree, mixed needs less memory at many steps."""
     stored_steps: Count = 5
     """Inner steps whose graphs mixed mode keeps; fewer take less memory and, at 0, a fifth more arithmetic."""
     precision: Literal["float32", "tf32", "bf16"] = "float32"
