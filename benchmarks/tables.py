@@ -1,4 +1,4 @@
-"""Quote the recorded benchmarks in docs/performance.md.
+"""Quote the recorded benchmarks in docs/performance.md and README.md.
 
 python benchmarks/tables.py
 """
@@ -6,13 +6,16 @@ python benchmarks/tables.py
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
-BEGIN, END = "<!-- figures: python benchmarks/tables.py -->", "<!-- end of figures -->"
+ROOT = Path(__file__).parent.parent
+PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
+FIGURES = ("<!-- figures: python benchmarks/tables.py -->", "<!-- end of figures -->")
+SPEED = ("<!-- speed: python benchmarks/tables.py -->", "<!-- end of speed -->")
 
 TITLES = {
     "omniglot-mamlpp": "MAML++ step: Omniglot 20-way 1-shot, 8 tasks, 5 steps, 64 filters, MSL, second order",
@@ -27,17 +30,18 @@ TITLES = {
 
 def quoted() -> str:
     """The page's figures."""
-    steps = json.loads((RESULTS / "mamlpp.json").read_text())
-    steps["cases"] |= json.loads((RESULTS / "maml.json").read_text())["cases"]
+    steps, others = (json.loads((RESULTS / file).read_text()) for file in ("mamlpp.json", "maml.json"))
     scaling = json.loads((RESULTS / "scaling.json").read_text())
     sampling = json.loads((RESULTS / "sampling.json").read_text())
     parts = [
         "## Figures",
-        f"{_machine(steps)}. float32 unless it says otherwise. `innerloop bench --rounds {steps['rounds']}`: each "
+        f"`{_command(steps)}`\n\n`{_command(others)}`",
+        f"{_machine(steps)}. float32 unless it says otherwise. {steps['rounds']} rounds of the first case, "
+        f"{others['rounds']} of the others, each "
         "contender in a process of its own, in turn; medians, with the least and the most. Ratios are taken round by "
         "round. Memory is the peak of resident memory of all a contender's processes above what they hold with the "
         "libraries imported, then the same with it.",
-        *(_case(name, record) for name, record in steps["cases"].items()),
+        *(_case(name, record) for name, record in _cases().items()),
         "### Inner steps",
         f"{_machine(scaling)}; `python benchmarks/scaling.py`: MAML, Omniglot 20-way 1-shot, 2 tasks, one to each "
         "process; peak memory as above, then seconds of a step.",
@@ -94,17 +98,50 @@ def _spread(values: dict[str, float], digits: int) -> str:
     return f"{values['median']:.{digits}f} ({values['min']:.{digits}f} to {values['max']:.{digits}f})"
 
 
+def _command(record: dict[str, Any]) -> str:
+    return shlex.join(["innerloop", *record["environment"]["arguments"]])
+
+
 def _machine(record: dict[str, Any]) -> str:
     where = record["environment"]
     return f"{where['device']}, {where['cores']} cores, torch {where['torch']}, commit {where['commit']}"
 
 
-def quote(text: str) -> str:
-    """The page's text with today's records."""
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{quoted()}\n{END}{after}"
+def _cases() -> dict[str, Any]:
+    return {
+        name: record
+        for file in ("mamlpp.json", "maml.json")
+        for name, record in json.loads((RESULTS / file).read_text())["cases"].items()
+    }
+
+
+def summary() -> str:
+    """The README's paragraph and table."""
+    cases, machine = _cases(), _machine(json.loads((RESULTS / "mamlpp.json").read_text()))
+    lines = [
+        "How many times as long the same step takes elsewhere (median over rounds; "
+        f"`innerloop bench`, {machine}; [docs/performance.md](docs/performance.md)):",
+        "",
+        "| step | s/step | plain loop | higher | torchopt |",
+        "|---|---|---|---|---|",
+    ]
+    for name, record in cases.items():
+        contenders = record["contenders"]
+        ratios = [contenders.get(who, {}).get("times_innerloop") for who in ("plain loop", "higher", "torchopt")]
+        cells = [TITLES[name], f"{contenders['innerloop']['median']:.3f}", *(f"{r['median']:.2f}" if r else "" for r in ratios)]
+        lines.append(f"| {' | '.join(cells)} |")
+    plain, ours = (cases["omniglot-mamlpp"]["contenders"][who]["memory"] for who in ("plain loop", "innerloop"))
+    lines += ["", f"Memory of the first: {ours / 1e6:.0f} MB above the libraries, of the plain loop {plain / 1e6:.0f} MB."]
+    return "\n".join(lines)
+
+
+def quote(text: str, markers: tuple[str, str], quotation: str) -> str:
+    """A page's text with a quotation between its markers."""
+    before, rest = text.split(markers[0])
+    after = rest.split(markers[1])[1]
+    return f"{before}{markers[0]}\n{quotation}\n{markers[1]}{after}"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(quote(PAGE.read_text()))
+    PAGE.write_text(quote(PAGE.read_text(), FIGURES, quoted()))
+    README.write_text(quote(README.read_text(), SPEED, summary()))

@@ -20,6 +20,17 @@ def test_the_readmes_figures_are_those_of_the_records(monkeypatch: pytest.Monkey
     assert record.quote(README.read_text()) == README.read_text()
 
 
+def test_the_pages_benchmarks_are_those_of_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import tables
+
+    for page, markers, quotation in (
+        (tables.PAGE, tables.FIGURES, tables.quoted()),
+        (tables.README, tables.SPEED, tables.summary()),
+    ):
+        assert tables.quote(page.read_text(), markers, quotation) == page.read_text()
+
+
 def test_the_readmes_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     torch.manual_seed(0)

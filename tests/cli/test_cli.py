@@ -144,6 +144,7 @@ def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--ways", "101"], "101-way tasks need 101 classes, and split 'val' has 100"),
         (["train", "--shots", "15", "--queries", "6"], "15 shots + 6 queries = 21 images of each class, and class"),
         (["train", "--device", "cuda:77"], "--device cuda:77 cannot be used"),
+        (["train", "--device", "cpu", "--precision", "tf32"], "--precision tf32 is a GPU's, and this run is on cpu"),
         (["train", "omniglot-5way-1shot", "--data", "nowhere"], "nowhere"),
         (["train", "omniglot-5way-1shot"], "--download"),
         (["train", "mini-imagenet-5way-1shot"], "needs the folder of its images: --data DIR"),

@@ -5,7 +5,9 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import WAYS, gradients, make, naive, relative_difference, scramble, statistics
+from torch import nn
 from zoo import CASES, NOT_VMAPPED
 
 from innerloop import Examples, MetaLearner, Task, maml, maml_plus_plus, stack_tasks
@@ -234,3 +236,22 @@ def test_plain_pairs_are_a_meta_batch() -> None:
     plain.backward(pairs, epoch=0)
     for a, b in zip(named.parameters(), plain.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize(
+    ("steps", "stored", "parallel", "mode"),
+    [(5, 5, "loop", "reverse"), (6, 5, "loop", "mixed"), (5, 4, "loop", "mixed"), (5, 5, "vmap", "mixed")],
+)
+def test_auto_takes_reverse_mode_where_every_step_would_be_stored(
+    steps: int, stored: int, parallel: str, mode: str
+) -> None:
+    learner = MetaLearner(
+        nn.Linear(2, 1), F.mse_loss, maml(inner_steps=steps), parallel=parallel, stored_steps=stored
+    )
+    assert learner.plan().mode == mode
+    assert learner.vmapped == (parallel == "vmap")
+
+
+def test_a_negative_number_of_stored_steps_is_quoted() -> None:
+    with pytest.raises(ValueError, match="stored_steps must be 0 or more, got -1"):
+        MetaLearner(nn.Linear(2, 1), F.mse_loss, stored_steps=-1)
