@@ -128,10 +128,17 @@ def summary() -> str:
     for name, record in cases.items():
         contenders = record["contenders"]
         ratios = [contenders.get(who, {}).get("times_innerloop") for who in ("plain loop", "higher", "torchopt")]
-        cells = [TITLES[name], f"{contenders['innerloop']['median']:.3f}", *(f"{r['median']:.2f}" if r else "" for r in ratios)]
+        cells = [
+            TITLES[name],
+            f"{contenders['innerloop']['median']:.3f}",
+            *(f"{r['median']:.2f}" if r else "" for r in ratios),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     plain, ours = (cases["omniglot-mamlpp"]["contenders"][who]["memory"] for who in ("plain loop", "innerloop"))
-    lines += ["", f"Memory of the first: {ours / 1e6:.0f} MB above the libraries, of the plain loop {plain / 1e6:.0f} MB."]
+    lines += [
+        "",
+        f"Memory of the first: {ours / 1e6:.0f} MB above the libraries, of the plain loop {plain / 1e6:.0f} MB.",
+    ]
     return "\n".join(lines)
 
 

@@ -30,7 +30,7 @@ MetaBatch = tuple[tuple[Any, Any], tuple[Any, Any]]
 Parallel = Literal["auto", "loop", "vmap"]
 
 _SMALL_MODEL = 10_000
-"""Parameters under which, on a CPU, the overhead of each operation costs more than its arithmetic."""
+"""Parameters under which, on a CPU and without convolutions, an operation's overhead costs more than its arithmetic."""
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -100,8 +100,8 @@ class MetaLearner:
         precision: of convolutions: ``"float32"`` is whatever the model has, ``"bf16"`` rounds their inputs to bfloat16
             where the model is called by this learner; everything else stays as it is.
         parallel: ``"loop"`` works through the tasks one by one, with memory for one; ``"vmap"`` does all at once, in
-            mixed and first-order mode. ``"auto"`` is vmap on a GPU and for small models, where overhead is what costs,
-            and loop for others and for models that cannot be vmapped (``nn.LSTM``).
+            mixed and first-order mode. ``"auto"`` is vmap on a GPU and for small models without convolutions, where
+            overhead is what costs, and loop for others and for models that cannot be vmapped (``nn.LSTM``).
 
     Raises:
         ValueError: no trainable parameter matches the method's patterns, or the mode is unknown.
@@ -135,7 +135,8 @@ class MetaLearner:
         self.statistics = _statistics(model, method)
         self.parallel: Parallel = parallel
         on_cpu = all(p.device.type == "cpu" for p in self.meta.adapted.values())
-        small = sum(p.numel() for p in model.parameters()) < _SMALL_MODEL
+        convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
+        small = sum(p.numel() for p in model.parameters()) < _SMALL_MODEL and not convolutional
         self._vmap = parallel == "vmap" or (parallel == "auto" and (small or not on_cpu))
 
     def parameters(self) -> Iterator[Tensor]:

@@ -3,7 +3,7 @@
     loss = sum_k w_k L(f(theta^k), query)          theta^{k+1} = U_k(theta^k, g_k, alpha_k)
 
 1. ``reverse``: autograd through the unrolled loop. Its memory grows with the number of inner steps K.
-2. ``mixed``: walk the loop keeping theta^k and g_k, then walk back with the adjoint lambda (Kemaev et al. 2025,
+2. ``mixed``: walk the loop keeping theta^k, then walk back with the adjoint lambda (Kemaev et al. 2025,
    MixFlow-MG). For the SGD rule::
 
        lambda_K = w_K grad L_q(theta^K)
@@ -11,7 +11,7 @@
        d alpha_k = - g_k * lambda_{k+1}                     summed to alpha's shape
        d psi     = - d/dpsi <g_k, alpha_k * lambda_{k+1}>   any other meta-parameter of the support loss
 
-   H_k u and the psi term come from differentiating g_k = grad L along u. The last few steps keep the graph of g_k for
+   H_k u and the psi term come from differentiating g_k = grad L along u. The last few steps keep g_k and its graph for
    that; the others compute it once more, so that memory does not grow with K beyond the fast weights.
 3. ``first-order``: the same walk without the H and psi terms (FOMAML).
 """
@@ -30,7 +30,7 @@ from innerloop.closed_forms import ClosedForms
 from innerloop.inner_loop import InnerLoop, MetaParameters, SecondOrder, State, detached
 from innerloop.network import random_state, replayed_randomness
 from innerloop.per_step import Statistics
-from innerloop.tasks import Examples, Task
+from innerloop.tasks import Task
 from innerloop.update_rules import Tensors
 
 GradientMode = Literal["reverse", "mixed", "first-order"]
@@ -119,6 +119,7 @@ class _Step:
     theta: Tensors
     state: State
     g: Tensors
+    """Empty where the step is computed again."""
     statistics: Statistics
     randomness: list[Tensor]
     second_order: SecondOrder | None
@@ -151,7 +152,8 @@ def _adjoint_walk(
         randomness = random_state(device) if second_order and not stored else []
         support = loop.gradient(theta, psi, statistics, k, task.support, keep_graph=stored)
         statistics = support.statistics
-        step = _Step(theta, state, support.theta, before, randomness, support.second_order, {}, {})
+        g = support.theta if stored or not second_order else {}
+        step = _Step(theta, state, g, before, randomness, support.second_order, {}, {})
         theta, state = loop.step(theta, state, support.theta, rates, k)
         record.support_losses.append(support.loss)
         if _counts(weight):
@@ -169,15 +171,19 @@ def _adjoint_walk(
     for k in reversed(range(len(steps))):
         step = steps.pop()
         adjoint = _sum(adjoint, step.query_theta)
+        if second_order and step.second_order is None:
+            with replayed_randomness(step.randomness, device):  # the same dropout masks
+                psi = meta.fixed_at_step(k)
+                again = loop.gradient(step.theta, psi, step.statistics, k, task.support, keep_graph=True)
+            step.g, step.second_order = again.theta, again.second_order
         # u, the adjoint of g_k, is -alpha_k * lambda_{k+1} under SGD.
         adjoint, adjoint_state, u, rate_k = loop.update_adjoint(
             step.theta, step.state, step.g, meta.rates, k, (adjoint, adjoint_state)
         )
         rate_gradient = _sum(rate_gradient, {n: r for n, r in rate_k.items() if meta.rates[n].requires_grad})
         psi_gradient = step.query_psi
-        if second_order:
-            products = step.second_order or _recomputed(loop, step, meta.fixed_at_step(k), k, task.support, device)
-            hvp, psi_product = products(u)
+        if step.second_order is not None:
+            hvp, psi_product = step.second_order(u)
             adjoint, psi_gradient = _sum(adjoint, hvp), _sum(psi_gradient, psi_product)
         psi_gradients.append(psi_gradient)
     psi_gradients.reverse()
@@ -190,16 +196,6 @@ def _adjoint_walk(
         for n, stack in meta.per_step.items()
     }
     return record.result(total, MetaParameters(adjoint, shared, stacks, rate_gradient), statistics)
-
-
-def _recomputed(
-    loop: InnerLoop, step: _Step, fixed: Tensors, k: int, support: Examples, device: torch.device
-) -> SecondOrder:
-    """The derivatives of step k's gradient, by computing it once more as it was, dropout masks and all."""
-    with replayed_randomness(step.randomness, device):
-        again = loop.gradient(step.theta, fixed, step.statistics, k, support, keep_graph=True)
-    assert again.second_order is not None
-    return again.second_order
 
 
 def _device(tensors: Tensors) -> torch.device:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import innerloop
+from innerloop.closed_forms import kernels
 
 
 def environment(device: torch.device, processes: int) -> dict[str, Any]:
@@ -25,6 +26,7 @@ def environment(device: torch.device, processes: int) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "processes": processes,
         "threads": torch.get_num_threads(),
+        "kernels": "PyTorch" if kernels.library() is None else "compiled",
         "system": f"{platform.system()} {platform.machine()}",
         "arguments": sys.argv[1:],
     }

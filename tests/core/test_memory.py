@@ -66,7 +66,7 @@ def test_mixed_and_first_order_keep_fast_weights_and_gradients_alone() -> None:
     for way in ("mixed", "first-order", "mixed vmap", "first-order vmap"):
         peak(way, 1)  # what torch makes once
         growth = peak(way, 8) - peak(way, 2)
-        assert growth < 6 * 8 * WEIGHTS, way  # theta, g, the query gradient and small change
+        assert growth < 6 * 8 * WEIGHTS, way  # theta, the query gradient and small change
         assert 6 * 8 * WEIGHTS < ACTIVATION  # so that one kept activation would be seen
 
 

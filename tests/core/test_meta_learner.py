@@ -245,11 +245,15 @@ def test_plain_pairs_are_a_meta_batch() -> None:
 def test_auto_takes_reverse_mode_where_every_step_would_be_stored(
     steps: int, stored: int, parallel: str, mode: str
 ) -> None:
-    learner = MetaLearner(
-        nn.Linear(2, 1), F.mse_loss, maml(inner_steps=steps), parallel=parallel, stored_steps=stored
-    )
+    learner = MetaLearner(nn.Linear(2, 1), F.mse_loss, maml(inner_steps=steps), parallel=parallel, stored_steps=stored)
     assert learner.plan().mode == mode
     assert learner.vmapped == (parallel == "vmap")
+
+
+def test_auto_vmaps_small_models_without_convolutions() -> None:
+    assert MetaLearner(nn.Linear(2, 1), F.mse_loss).vmapped
+    assert not MetaLearner(nn.Conv2d(1, 2, 3), F.mse_loss).vmapped
+    assert not MetaLearner(nn.Linear(200, 200), F.mse_loss).vmapped
 
 
 def test_a_negative_number_of_stored_steps_is_quoted() -> None:

@@ -13,7 +13,7 @@ from innerloop.precision import Bfloat16Convolutions
 
 def test_inputs_are_rounded_and_the_result_is_in_their_own_precision() -> None:
     torch.manual_seed(0)
-    x, w, b = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3), torch.randn(4)
+    x, w, b = (torch.randn(s, dtype=torch.float32) for s in ((2, 3, 8, 8), (4, 3, 3, 3), (4,)))
     with Bfloat16Convolutions():
         y = F.conv2d(x, w, b, padding=1)
         linear = F.linear(x, w[0, 0].repeat(1, 3)[:, :8])

@@ -25,7 +25,9 @@ print(faults())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 def test_memory_that_was_freed_is_used_again() -> None:
     faults = {
-        how: int(subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True).stdout)
+        how: int(
+            subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True).stdout
+        )
         for how in ("keep", "leave")
     }
     assert faults["keep"] < 1000 < 10_000 < faults["leave"]
