@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.ticker import LogLocator
 
 from innerloop.bench.cases import CASES, Case
 from innerloop.bench.contenders import CONTENDERS
@@ -75,6 +76,8 @@ def draw() -> None:
                 panel.set_yscale("log")
                 panel.set_xticks(values, [str(v) for v in values])
                 panel.minorticks_off()
+                panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                panel.yaxis.set_major_formatter("{x:g}")
                 panel.grid(alpha=0.3)
                 if column == 0:
                     panel.set_ylabel(label)
