@@ -56,7 +56,7 @@ class Case:
         switches = {"da": False} if self.method == "maml_plus_plus" else {}
         return METHODS[self.method](inner_steps=self.inner_steps, inner_lr=0.05, **switches)
 
-    def meta_batch(self, tasks: int | None = None) -> Task:
+    def meta_batch(self) -> Task:
         """Random tasks, the same every time: ``[T, ways * shots, ...]`` and ``[T, ways * queries, ...]``."""
         generator = torch.Generator().manual_seed(1)
 

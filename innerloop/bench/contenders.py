@@ -65,17 +65,17 @@ class FixedTasks:
 
 def _innerloop(case: Case, processes: int = 0, **options: Any) -> Step:
     """The library as ``innerloop train`` uses it: a single-threaded process a core, channels-last."""
+    model = case.build_model().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    learner = MetaLearner(model, F.cross_entropy, case.build_method(), **options)
+    return _shared_out(case, learner, processes)
+
+
+def _shared_out(case: Case, learner: Any, processes: int = 0) -> Step:
     count = processes or min(available_cores(), case.tasks)
     threads = max(1, available_cores() // count)
     torch.set_num_threads(threads)
     keep_freed_memory()
-    model = case.build_model().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    learner = MetaLearner(model, F.cross_entropy, case.build_method(), **options)
-    return _shared_out(case, learner, count, threads)
-
-
-def _shared_out(case: Case, learner: Any, processes: int, threads: int) -> Step:
-    workers = Workers(learner, FixedTasks(case.meta_batch()), processes, threads)
+    workers = Workers(learner, FixedTasks(case.meta_batch()), count, threads)
 
     def step() -> float:
         result, _ = workers.backward(0, case.tasks, 0)
@@ -87,10 +87,7 @@ def _shared_out(case: Case, learner: Any, processes: int, threads: int) -> Step:
 
 
 def _convolutions(case: Case) -> Step:
-    count = min(available_cores(), case.tasks)
-    torch.set_num_threads(max(1, available_cores() // count))
-    keep_freed_memory()
-    return _shared_out(case, ConvolutionsAlone(case), count, torch.get_num_threads())
+    return _shared_out(case, ConvolutionsAlone(case))
 
 
 def _plain(case: Case, layout: torch.memory_format = torch.contiguous_format) -> Step:

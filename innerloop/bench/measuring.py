@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import time
@@ -141,5 +140,7 @@ def _peak(processes: Sequence[int]) -> int | None:
             total += next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
         return total
     if sys.platform == "darwin" and len(processes) == 1:
+        import resource  # which Windows has not
+
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return None

@@ -77,7 +77,7 @@ class ConvNormActPool(Operation):
         """J^T dy, but for x."""
         p = _Point(*point)
         if not kernels.usable(dy, of_rows=False):
-            dz, dgamma, dbeta = self._block.gradient(self._block_point(p), dy, [True] * 3)
+            dz, dgamma, dbeta = self._block.gradient(_block_point(p, _z(p)), dy, [True] * 3)
             return (None, *_CONVOLUTION.gradient((p.x, p.w), dz, [False, True, True])[1:], dgamma, dbeta)  # type: ignore[arg-type]
         dgamma, dbeta, db = (torch.empty_like(p.r) for _ in range(3))
         dw = torch.empty(9 * p.w.shape[1], len(p.w), dtype=dy.dtype)
@@ -91,11 +91,10 @@ class ConvNormActPool(Operation):
         p = _Point(*point)
         _, w_t, b_t, gamma_t, beta_t = direction
         if not all(kernels.usable(t, of_rows=False) for t in (dy, *direction) if t is not None):
-            z_t = _CONVOLUTION.second_order((p.x, p.w, p.b, self._z(p)), None, (None, w_t, b_t), [True, *[False] * 3])[
-                0
-            ]
+            z, tangent_alone = _z(p), [True, False, False, False]
+            z_t, *_ = _CONVOLUTION.second_order((p.x, p.w, p.b, z), None, (None, w_t, b_t), tangent_alone)
             of_block = (z_t, gamma_t, beta_t)
-            y_t, dz_t, *changes = self._block.second_order(self._block_point(p), dy, of_block, [True] * 4)
+            y_t, dz_t, *changes = self._block.second_order(_block_point(p, z), dy, of_block, [True] * 4)
             if dz_t is None:
                 return (y_t, *[None] * 5)
             return (y_t, None, *_CONVOLUTION.gradient((p.x, p.w), dz_t, [False, True, True])[1:], *changes)
@@ -122,13 +121,6 @@ class ConvNormActPool(Operation):
     def _block(self) -> NormActPool:
         return NormActPool(self.eps, self.negative_slope, self.pool)
 
-    def _z(self, p: _Point) -> Tensor:
-        return _CONVOLUTION.value(p.x, p.w, p.b)[0]
-
-    def _block_point(self, p: _Point) -> tuple[Tensor, ...]:
-        """The point of the second part, in PyTorch's own operations: for tensors that have no memory to be read."""
-        return (self._z(p), *p[3:])
-
     def repeated(self, times: int) -> None:
         """The kernels know one weight."""
         return
@@ -143,6 +135,16 @@ class ConvNormActPool(Operation):
         bordered = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
         tensors |= {"image": bordered, "weight": _as_rows(w), "bias": b.contiguous()}
         kernels.call(name, sizes, self.eps, self.negative_slope, x.dtype, inputs, **tensors)
+
+
+def _z(p: _Point) -> Tensor:
+    """The convolution in PyTorch's own operations, for directions that have no memory to be read."""
+    return _CONVOLUTION.value(p.x, p.w, p.b)[0]
+
+
+def _block_point(p: _Point, z: Tensor) -> tuple[Tensor, ...]:
+    """The point of the second part."""
+    return (z, *p[3:])
 
 
 def _as_rows(w: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def test_one_operation_is_taken_where_it_can_be_and_nowhere_else(monkeypatch: py
     apply = ConvNormActPool.apply
     monkeypatch.setattr(ConvNormActPool, "apply", lambda self, *a: calls.append(a[0]) or apply(self, *a))
     x = torch.randn(3, 2, 8, 8, dtype=torch.float64)
-    block, parts = block_and_parts()
+    block, _ = block_and_parts()
 
     def taken(block: Block, x: Tensor) -> bool:
         calls.clear()
@@ -133,11 +133,10 @@ def test_one_operation_is_taken_where_it_can_be_and_nowhere_else(monkeypatch: py
     assert not taken(block, x)
     assert seen
     with forward_ad.dual_level():
-        assert not taken(parts_of(block), forward_ad.make_dual(x, x))
-    del parts
+        assert not taken(without_hooks(block), forward_ad.make_dual(x, x))
 
 
-def parts_of(block: Block) -> Block:
+def without_hooks(block: Block) -> Block:
     """The same without its hooks."""
     block[0]._forward_hooks.clear()
     return block
