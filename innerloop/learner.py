@@ -246,8 +246,10 @@ class MetaLearner:
         size = len(result.loss)
         for group, parameters in self.meta._asdict().items():
             for name in getattr(parts[0].gradient, group):
-                gradient = reduce(torch.add, [getattr(part.gradient, group)[name] for part in parts]) / size
                 parameter = parameters[name]
+                if not parameter.requires_grad:  # zero_init: adapted, and not learned
+                    continue
+                gradient = reduce(torch.add, [getattr(p.gradient, group)[name] for p in parts]).detach() / size
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self.statistics.assign_mean(result.statistics)
         return outcome
@@ -311,17 +313,41 @@ class MetaLearner:
 
     @torch.no_grad()
     def predict(
-        self, fast_weights: Tensors, inner_step: int, inputs: Any, normalisation: Normalisation = "batch"
+        self,
+        fast_weights: Tensors,
+        inner_step: int,
+        inputs: Any,
+        normalisation: Normalisation = "batch",
+        support: Any = None,
     ) -> Any:
         """The model's outputs with theta^k of ``trajectory``, k = ``inner_step``.
 
         ``normalisation="batch"`` lets the inputs normalise each other (transductive, as in the paper);
-        ``"running"`` uses the running statistics of the inner step (inductive: an input's output is its own).
+        ``"running"`` uses the running statistics of the inner step, ``"support"`` those of the inputs ``support`` at
+        the same fast weights (both inductive: an input's output is its own).
+
+        Raises:
+            ValueError: normalisation by the support set, without one.
         """
-        tensors = {**fast_weights, **self.meta.fixed_at_step(max(inner_step - 1, 0))}
-        buffers = {n: b.clone() for n, b in self.statistics.at_step(max(inner_step - 1, 0)).items()}
+        tensors, buffers = self._tensors_at(fast_weights, inner_step)
+        if normalisation == "support":
+            if support is None:
+                raise ValueError('normalisation="support" needs the inputs of the support set: predict(..., support=)')
+            buffers = self._support_statistics(tensors, buffers, support)
         with evaluating(self.model, normalisation):
             return self.loop.network.outputs(tensors, buffers, inputs)
+
+    def _tensors_at(self, fast_weights: Tensors, inner_step: int) -> tuple[Tensors, Tensors]:
+        """Parameters and buffers (copies) to call the model with at theta^k; norm layers have those of step k - 1."""
+        last = max(inner_step - 1, 0)
+        buffers = {n: b.clone() for n, b in self.statistics.at_step(last).items()}
+        return {**fast_weights, **self.meta.fixed_at_step(last)}, buffers
+
+    def _support_statistics(self, parameters: Tensors, buffers: Tensors, support: Any) -> Tensors:
+        """The buffers as a pass over the support set's inputs leaves them, its statistics in the norm layers'."""
+        with evaluating(self.model, "batch"), per_step.whole_batch_statistics(self.model):
+            self.loop.network.outputs(parameters, buffers, support)
+        return buffers
 
     def adapt(
         self,
@@ -336,16 +362,18 @@ class MetaLearner:
             steps: inner steps, by default those of training. Beyond them the last step's rates, norm weights and
                 statistics go on being used.
             normalisation: ``"batch"``: norm layers use the statistics of whatever batch they are given, also in
-                evaluation mode; ``"running"``: the meta-trained running statistics.
+                evaluation mode; ``"running"``: the meta-trained running statistics; ``"support"``: those of the
+                support set. With either of the last two an input's output is its own.
         """
         steps = self._steps(steps)
         *_, theta = self.trajectory(support, steps)
         adapted = copy.deepcopy(self.model)
-        last = max(steps - 1, 0)
-        tensors = {**theta, **self.meta.fixed_at_step(last), **self.statistics.at_step(last)}
-        own = {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}
         with torch.no_grad():
-            for name, value in tensors.items():
+            tensors, buffers = self._tensors_at(theta, steps)
+            if normalisation == "support":
+                buffers = self._support_statistics(tensors, buffers, support[0])
+            own = {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}
+            for name, value in {**tensors, **buffers}.items():
                 own[name].copy_(value)
         for p in adapted.parameters():
             p.grad = None
@@ -377,12 +405,12 @@ def _meta_parameters(model: nn.Module, method: Method) -> MetaParameters:
     """Sort the model's trainable parameters into adapted, shared and per-step ones, and make the rates."""
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     norm = per_step.norm_parameter_names(model) & trainable.keys() if method.bnwb else set()
-    for pattern in (*method.adapt, *method.adapt_except):
+    for pattern in (*method.adapt, *method.adapt_except, *method.zero_init):
         if not any(fnmatchcase(name, pattern) for name in trainable):
             raise ValueError(
                 f"no trainable parameter of {type(model).__name__} matches {pattern!r}; it has {', '.join(trainable)}"
             )
-    adapted = {
+    adapted: Tensors = {
         n: p
         for n, p in trainable.items()
         if n not in norm
@@ -400,9 +428,11 @@ def _meta_parameters(model: nn.Module, method: Method) -> MetaParameters:
         rates = learning_rates.per_element(adapted, method.inner_lr)
     else:
         rates = learning_rates.constant(adapted, method.inner_lr)
+    for name in [n for n in adapted if any(fnmatchcase(n, pattern) for pattern in method.zero_init)]:
+        adapted[name] = torch.zeros_like(adapted[name], requires_grad=False)
     stacks = per_step.stack({n: trainable[n] for n in sorted(norm)}, method.inner_steps)
     return MetaParameters(
-        adapted=dict(adapted),
+        adapted=adapted,
         shared={n: p for n, p in trainable.items() if n not in adapted and n not in norm},
         per_step={n: s.requires_grad_() for n, s in stacks.items()},
         rates=rates,

@@ -65,6 +65,8 @@ def reverse(
     meta = MetaParameters(
         *({n: t.detach().requires_grad_(t.requires_grad) for n, t in group.items()} for group in meta)
     )
+    # Parameters that start from zero are adapted and not learned: theta^0 takes part in the graph all the same.
+    meta = meta._replace(adapted={n: t.requires_grad_() for n, t in meta.adapted.items()})
     theta, state = meta.adapted, loop.rule.initial_state(meta.adapted)
     total: Tensor = next(iter(theta.values())).new_zeros(())
     record = _Record()

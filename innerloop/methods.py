@@ -35,6 +35,9 @@ class Method:
     """Parameters the inner loop adapts: shell patterns over their names."""
     adapt_except: tuple[str, ...] = ()
     """Patterns of parameters the inner loop leaves as they are; they are still meta-learned."""
+    zero_init: tuple[str, ...] = ()
+    """Patterns of adapted parameters that start from zero in every task and are not meta-learned. A head of zeros
+    treats all classes alike, however a task numbers them (Ye & Chao 2022), and may be of any width."""
     second_order: bool = True
     """Exact meta-gradients; without, first-order (FOMAML)."""
     meta_sgd: bool = False
@@ -67,7 +70,7 @@ class Method:
             raise ValueError(f"inner_rule must be one of {', '.join(UPDATE_RULES)}, got {self.inner_rule!r}")
         if self.lslr and self.meta_sgd:
             raise ValueError("lslr and meta_sgd both learn the inner rates: switch one of them off")
-        for name in ("adapt", "adapt_except"):
+        for name in ("adapt", "adapt_except", "zero_init"):
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} is a tuple of patterns: write ({getattr(self, name)!r},)")
 

@@ -18,8 +18,9 @@ from innerloop.precision import Bfloat16Convolutions, Precision
 from innerloop.tasks import Examples
 
 Loss = Callable[[Any, Any], Tensor]
-Normalisation = Literal["batch", "running"]
-"""Statistics that normalise the query set: its own batch's (transductive), or the running ones (inductive)."""
+Normalisation = Literal["batch", "running", "support"]
+"""Statistics that normalise the query set: its own batch's (transductive), or, for answers that do not depend on what
+else is asked (inductive), the running ones of training or those of the support set at the same fast weights."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Network:
 
 @contextmanager
 def evaluating(model: nn.Module, normalisation: Normalisation) -> Iterator[None]:
-    """Evaluation mode (no dropout) with norm layers that use the batch's statistics or the running ones."""
+    """Evaluation mode (no dropout) with norm layers that use the batch's statistics or those in their buffers."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     if normalisation == "batch":

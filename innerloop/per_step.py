@@ -8,6 +8,7 @@ per-step batch normalisation (MAML++, section 4).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,20 @@ def norm_buffer_names(model: nn.Module) -> set[str]:
     return {
         f"{layer}.{name}".lstrip(".") for layer, m in norm_layers(model) for name, _ in m.named_buffers(recurse=False)
     }
+
+
+@contextmanager
+def whole_batch_statistics(model: nn.Module) -> Iterator[None]:
+    """In this block a call leaves its own batch's statistics in the norm layers' buffers, nothing of those before."""
+    layers = [m for _, m in norm_layers(model) if isinstance(m, _NormBase)]
+    momenta = [m.momentum for m in layers]
+    for layer in layers:
+        layer.momentum = 1.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
 
 
 def stack(tensors: Mapping[str, Tensor], inner_steps: int) -> dict[str, Tensor]:

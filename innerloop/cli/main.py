@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 
 from rich.console import Console
 
@@ -16,12 +17,16 @@ innerloop: MAML and MAML++ for any PyTorch model.
 
   innerloop train [PRESET] [options]    meta-train; without a preset: quickstart, which needs no data
   innerloop evaluate RUN [options]      test a run on held-out classes
+  innerloop ablate [GRID] [options]     train the rows of a table from several seeds, and write the table
   innerloop presets                     what there is to train
   innerloop bench [CASE...] [options]   time and memory of a meta-training step, beside other libraries
 
   innerloop train --help, innerloop evaluate --help, innerloop bench --help: every option with its default
   innerloop --version
 """
+
+COMMANDS = ("train", "evaluate", "ablate", "presets", "bench")
+"""Each a module of this package with a function ``run(arguments)`` that returns the exit code."""
 
 # Exit codes, as said in the README: 2 is also what the argument parser itself exits with.
 OK, FAILED, BAD_INPUT, DIVERGED = 0, 1, 2, 3
@@ -37,24 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"innerloop {__version__}")
         return OK
     name, rest = arguments[0], arguments[1:]
-    if name not in ("train", "evaluate", "presets", "bench"):
-        return _fail(f"unknown command {name!r}; there are train, evaluate, presets and bench")
-    # Heavy imports come after the cheap mistakes.
-    from innerloop.cli import bench, evaluate, presets, train
+    if name not in COMMANDS:
+        return _fail(f"unknown command {name!r}; there are {', '.join(COMMANDS)}")
 
-    commands: dict[str, Callable[[Sequence[str]], int]] = {
-        "train": train.run,
-        "evaluate": evaluate.run,
-        "presets": presets.run,
-        "bench": bench.run,
-    }
+    # Heavy imports come after the cheap mistakes.
+    command = import_module(f"innerloop.cli.{name}")
     from innerloop.training.trainer import DivergedError, InterruptedRunError
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
     logging.captureWarnings(True)
 
     try:
-        return commands[name](rest)
+        code: int = command.run(rest)
+        return code
     except DivergedError as error:
         return _fail(str(error), DIVERGED)
     except InterruptedRunError as stop:

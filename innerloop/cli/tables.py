@@ -8,7 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-_NORMALISATIONS = {"batch": "batch (transductive, as the paper)", "running": "running (inductive)"}
+_NORMALISATIONS = {
+    "batch": "batch (transductive, as the paper)",
+    "running": "running (inductive)",
+    "support": "support set's (inductive)",
+}
 
 
 def print_test(result: Mapping[str, Any], regression: bool, title: str) -> None:
@@ -19,7 +23,7 @@ def print_test(result: Mapping[str, Any], regression: bool, title: str) -> None:
     for column in ("normalisation of the query set", "best checkpoint", f"ensemble of {result['members']}"):
         table.add_column(column)
     for name, label in _NORMALISATIONS.items():
-        if not (regression and name == "running"):  # the regression network has no norm layers
+        if not (regression and name != "batch"):  # the regression network has no norm layers
             row = (_figure(result[which][name]) for which in ("best", "ensemble"))
             table.add_row("none" if regression else label, *row)
     console.print(table)

@@ -93,6 +93,18 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def configured(preset: str, arguments: Sequence[str]) -> Config:
+    """The config that ``innerloop train PRESET`` makes of its options.
+
+    Raises:
+        ConfigError: it is not one that can be run.
+    """
+    arguments = list(arguments)
+    _, method = _peek(arguments)
+    method = method or PRESETS[preset].method
+    return validated(_parse(arguments, preset, method, PRESETS[preset].config(method)).config)
+
+
 def _peek(arguments: list[str]) -> tuple[Path | None, str | None]:
     """``--resume`` and ``--method``, on which the defaults of all other options depend."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -121,8 +133,16 @@ def _parse(arguments: list[str], preset: str, method: str, config: Config) -> Tr
 
 def _resumable(run: Path, stored: Config, asked: Config) -> Config:
     """The config to go on with: where it is computed may change, what is computed may not."""
+    changed = differences(stored, asked)
+    if changed:
+        raise ConfigError(f"{run} cannot go on with other settings: {'; '.join(changed)}. Start another run instead")
+    return asked
+
+
+def differences(stored: Config, asked: Config) -> list[str]:
+    """What is computed otherwise under two configs, by the options' names."""
     now = config_to_json(asked)
-    differences = [
+    return [
         f"--{name.replace('_', '-')} was {old!r}, not {new!r}"
         for group, values in config_to_json(stored).items()
         for name, old in values.items()
@@ -130,11 +150,6 @@ def _resumable(run: Path, stored: Config, asked: Config) -> Config:
         for new in [now[group][name]]
         if old != new and name not in _MAY_CHANGE
     ]
-    if differences:
-        raise ConfigError(
-            f"{run} cannot go on with other settings: {'; '.join(differences)}. Start another run instead"
-        )
-    return asked
 
 
 _MAY_CHANGE = {"data", "splits_dir", "skip_broken", "download"}

@@ -19,6 +19,14 @@
 
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
+/* What a register holds: of wider vectors gcc keeps the parts in memory. */
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
 #define EACH for (int c = 0; c < WIDTH; c++)
 #define EACH_VECTOR _Pragma("GCC unroll 8") for (int v = 0; v < VECTORS; v++)
 #define AT(pointer, v) (((NAME(Vector) *)(pointer))[v])
@@ -93,9 +101,9 @@ typedef REAL NAME(Vector);
 typedef INTEGER NAME(Integers);
 #define CHOICE(condition, yes, no) ((condition) ? (yes) : (no))
 #else
-#define VECTORS ((int)(WIDTH * sizeof(REAL) / 64))
-typedef REAL NAME(Vector) __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
-typedef INTEGER NAME(Integers) __attribute__((vector_size(64), aligned(sizeof(INTEGER)), may_alias));
+#define VECTORS ((int)(WIDTH * sizeof(REAL) / VECTOR_BYTES))
+typedef REAL NAME(Vector) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
+typedef INTEGER NAME(Integers) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(INTEGER)), may_alias));
 #define CHOICE(condition, yes, no)                                                                                     \
     ((__typeof__(no))(((condition) & (NAME(Integers))(yes)) | (~(condition) & (NAME(Integers))(no))))
 #endif

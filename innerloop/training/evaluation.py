@@ -17,7 +17,7 @@ from innerloop.tasks import stacked
 from innerloop.training.workers import TaskOutputs, Workers
 from innerloop.update_rules import Tensors
 
-NORMALISATIONS: tuple[Normalisation, ...] = ("batch", "running")
+NORMALISATIONS: tuple[Normalisation, ...] = ("batch", "running", "support")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def evaluate(
     everything = stacked(done)
     targets = everything.targets
     per_step = [score(everything.per_step[:, k], targets, regression) for k in range(steps + 1)]
-    outputs = {n: everything.running if n == "running" else everything.per_step[:, -1] for n in normalisations}
+    outputs = {n: everything.inductive.get(n, everything.per_step[:, -1]) for n in normalisations}
     return Evaluation(per_step, {n: score(o, targets, regression) for n, o in outputs.items()}, outputs, targets)
 
 

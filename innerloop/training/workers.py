@@ -40,12 +40,12 @@ class TaskOutputs(NamedTuple):
 
     Attributes:
         per_step: after inner step 0..K, in batch normalisation, ``[K + 1, n, ...]``.
-        running: after the last step, in running normalisation; as ``per_step[-1]`` where it was not asked for.
+        inductive: after the last step, in the other normalisations that were asked for.
         targets: ``[n, ...]``.
     """
 
     per_step: Tensor
-    running: Tensor
+    inductive: dict[Normalisation, Tensor]
     targets: Tensor
 
 
@@ -87,10 +87,14 @@ class OutputsRequest:
         per_step = []
         for k, theta in enumerate(learner.trajectory(task.support, self.steps)):
             per_step.append(learner.predict(theta, k, task.query.inputs, "batch"))
-        running = per_step[-1]
-        if "running" in self.normalisations:
-            running = learner.predict(theta, self.steps, task.query.inputs, "running")
-        return TaskOutputs(torch.stack(per_step), running, task.query.targets)
+        inductive: dict[Normalisation, Tensor] = {
+            normalisation: learner.predict(
+                theta, self.steps, task.query.inputs, normalisation, support=task.support.inputs
+            )
+            for normalisation in self.normalisations
+            if normalisation != "batch"
+        }
+        return TaskOutputs(torch.stack(per_step), inductive, task.query.targets)
 
 
 Request = GradientRequest | OutputsRequest

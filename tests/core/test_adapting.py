@@ -225,3 +225,47 @@ def test_a_negative_number_of_steps_is_refused() -> None:
     learner = MetaLearner(nn.Linear(3, 2), nn.functional.mse_loss)
     with pytest.raises(ValueError, match="steps must be 0 or more, got -1"):
         learner.adapt((torch.randn(5, 3), torch.randn(5, 2)), steps=-1)
+
+
+@pytest.mark.parametrize("steps", [0, 2, STEPS + 1])
+def test_support_normalisation_is_that_of_the_support_set(steps: int) -> None:
+    """Each norm layer by hand: mean and variance of what reaches it when the adapted model sees the support set."""
+    learner = trained(CONV)
+    support, query = CONV.tasks().support, CONV.tasks().query
+    support, query = (Examples(e.inputs[0], e.targets[0]) for e in (support, query))
+    adapted = learner.adapt(support, steps, normalisation="support")
+    by_batch = learner.adapt(support, steps, normalisation="batch")
+    seen: dict[str, Tensor] = {}
+    for name, layer in by_batch.named_modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_pre_hook(lambda m, x, name=name: seen.__setitem__(name, x[0].detach()))
+    by_batch(support.inputs)
+    assert seen
+    for name, x in seen.items():
+        layer = adapted.get_submodule(name)
+        assert torch.allclose(layer.running_mean, x.mean((0, 2, 3)), atol=1e-12)
+        assert torch.allclose(layer.running_var, x.var((0, 2, 3)), atol=1e-12)
+    *_, theta = learner.trajectory(support, steps)
+    predicted = learner.predict(theta, steps, query.inputs, "support", support=support.inputs)
+    assert torch.allclose(predicted, adapted(query.inputs), atol=1e-12)
+    one = adapted(query.inputs[:1])
+    assert torch.allclose(one, predicted[:1], atol=1e-12)  # an input's output is its own
+
+
+def test_support_normalisation_leaves_the_model_as_it_was() -> None:
+    learner = trained(CONV)
+    support = CONV.tasks().support
+    support = Examples(support.inputs[0], support.targets[0])
+    before = {n: t.clone() for n, t in learner.state_dict().items()}
+    momenta = [m.momentum for m in learner.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    learner.adapt(support, normalisation="support")
+    assert momenta == [m.momentum for m in learner.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(torch.equal(before[n], t) for n, t in learner.state_dict().items())
+
+
+def test_support_normalisation_needs_the_support_set() -> None:
+    learner = trained(CONV)
+    support = CONV.tasks().support
+    *_, theta = learner.trajectory(Examples(support.inputs[0], support.targets[0]))
+    with pytest.raises(ValueError, match="needs the inputs of the support set"):
+        learner.predict(theta, STEPS, support.inputs[0], "support")
