@@ -282,6 +282,14 @@ PRESETS: dict[str, Preset] = {
         outer={"epochs": 10, "iterations": 40, "meta_batch": 4},
         evaluation={"val_tasks": 50, "test_tasks": 200},
     ),
+    "omniglot-20way-1shot-reduced": replace(
+        _omniglot(20, 1),
+        about="Omniglot 20-way 1-shot, 800 updates of 2 tasks with 32 filters: all rows of a table on two cores",
+        method_settings={"msl_epochs": 2, "da_epochs": 10},  # the paper's shares of the schedule
+        network={"filters": 32},
+        outer={"epochs": 20, "iterations": 40, "meta_batch": 2},
+        evaluation={"val_tasks": 30, "test_tasks": 120},
+    ),
     "mini-imagenet-5way-1shot": _mini_imagenet(1),
     "mini-imagenet-5way-5shot": _mini_imagenet(5),
     "folder": Preset(
