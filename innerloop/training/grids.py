@@ -201,5 +201,6 @@ def run_grid(
 
 def write_statuses(out: Path, grid: Sequence[Cell]) -> None:
     """``grid.json``: what became of each run."""
+    out.mkdir(parents=True, exist_ok=True)
     runs = [{"row": c.row.name, "title": c.row.title, "seed": c.seed, "status": c.status} for c in grid]
     write_json(out / "grid.json", {"version": 1, "runs": runs})
