@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import torch
@@ -20,6 +23,7 @@ from innerloop.training.config import PRESETS, Config, ConfigError, Count
 from innerloop.training.grids import GRIDS, Cell, Row, cells, run_grid, train_arguments, write_statuses
 from innerloop.training.progress import Progress
 from innerloop.training.run_folder import RunFolder
+from innerloop.training.trainer import InterruptedRunError
 from innerloop.training.workers import available_cores
 
 
@@ -84,8 +88,9 @@ def run(arguments: Sequence[str]) -> int:
             write_statuses(out, runs)
 
         try:
-            run_grid(runs, preset, shared, jobs=jobs, threads=threads, tick=tick)
-        except KeyboardInterrupt:
+            with _stopped_by_sigterm():
+                run_grid(runs, preset, shared, jobs=jobs, threads=threads, tick=tick)
+        except (KeyboardInterrupt, InterruptedRunError):
             command = shlex.join(["innerloop", "ablate", *arguments])
             progress.console.print(f"Saved. Go on with: {command}", highlight=False, soft_wrap=True)
             raise
@@ -98,6 +103,20 @@ def run(arguments: Sequence[str]) -> int:
     if chosen.json:
         print(json.dumps([{"row": c.row.name, "seed": c.seed, "status": c.status, "run": str(c.folder)} for c in runs]))
     return 1 if bad else 0
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block by an exception, so that the runs are told to save."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise InterruptedRunError(number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _rows(rows: Sequence[Row], wanted: Sequence[str]) -> list[Row]:
