@@ -265,7 +265,7 @@ PRESETS: dict[str, Preset] = {
         evaluation={"val_tasks": 100},
     ),
     "strokes": Preset(
-        about="the checkpoint that ships: MAML++ with a head of zeros on embedded strokes, 20-way 1-shot, any ways after",
+        about="the checkpoint that ships: MAML++ with a head of zeros on embedded strokes, 20-way 1-shot",
         method_settings={"msl_epochs": 2, "da_epochs": 15, "zero_init": ("head.*",)},
         data={"ways": 20, "rotations": True, "train_classes": 2000},
         network={"filters": 32},
