@@ -6,6 +6,7 @@ from innerloop.data.folder import image_folder
 from innerloop.data.images import BrokenImagesError
 from innerloop.data.mini_imagenet import mini_imagenet
 from innerloop.data.omniglot import omniglot
+from innerloop.data.preprocessing import Preprocessing
 from innerloop.data.sinusoid import Sinusoids
 from innerloop.data.strokes import strokes
 
@@ -14,6 +15,7 @@ __all__ = [
     "ClassImages",
     "Episodes",
     "ImageDataset",
+    "Preprocessing",
     "Sinusoids",
     "Split",
     "TaskSource",

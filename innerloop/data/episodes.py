@@ -12,6 +12,7 @@ from torch import Tensor
 
 from innerloop.data._random import check_whole, choose, raw_words
 from innerloop.data.classes import SPLITS, ClassImages, ImageDataset, Split
+from innerloop.data.preprocessing import normalised, per_channel
 from innerloop.tasks import Examples, Task, select_task
 
 
@@ -102,8 +103,8 @@ class Episodes:
         self._images = {split: classes.images.to(self.device) for split, classes in dataset.items()}
         self._starts = {split: classes.starts for split, classes in dataset.items()}
         self._sizes = {split: classes.sizes for split, classes in dataset.items()}
-        self._mean = self._per_channel("mean", mean, channels)
-        self._inverse_std = self._per_channel("std", std, channels)
+        self._mean = per_channel("mean", mean, channels, self.device, dtype)
+        self._inverse_std = per_channel("std", std, channels, self.device, dtype)
         self._rotated_pixels = _rotation_table(height).to(self.device) if rotations else None
         labels = torch.arange(ways, device=self.device)
         self._support_targets = labels.repeat_interleave(shots)
@@ -171,26 +172,7 @@ class Episodes:
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """``(value - mean) / std`` of pixel values in [0, 1]."""
-        # Products with rounded constants, not quotients: CUDA may turn a division by a constant into a
-        # product, and the same task must have the same bits on every device.
-        inputs = pixels.to(self.dtype).mul_(1 / 255)
-        if self._mean is not None:
-            inputs.sub_(self._mean)
-        if self._inverse_std is not None:
-            inputs.mul_(self._inverse_std)
-        return inputs
-
-    def _per_channel(self, name: str, values: Sequence[float] | None, channels: int) -> Tensor | None:
-        """``mean``, or the inverse of ``std``, as ``[channels or 1, 1, 1]``."""
-        if values is None:
-            return None
-        tensor = torch.as_tensor(values, dtype=torch.float64).flatten()
-        if len(tensor) not in (1, channels):
-            raise ValueError(f"{name} must be one number, or one for each of {channels} channels; got {values!r}")
-        if not torch.isfinite(tensor).all() or (name == "std" and not (tensor > 0).all()):
-            raise ValueError(f"{name} must be finite{' and positive' if name == 'std' else ''}; got {values!r}")
-        tensor = 1 / tensor if name == "std" else tensor
-        return tensor.to(self.device, self.dtype).view(-1, 1, 1)
+        return normalised(pixels.to(self.dtype), self._mean, self._inverse_std)
 
 
 def _check_split(split: Split, classes: ClassImages, ways: int, shots: int, queries: int) -> None:

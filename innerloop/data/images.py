@@ -13,13 +13,27 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from innerloop.data._progress import progress_bar
 from innerloop.data.cache import Cache, fingerprint, load_cached, store_cached
 from innerloop.data.classes import ClassImages
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pbm", ".pgm", ".ppm"})
+# fmt: off
+IMAGE_SUFFIXES = frozenset((
+    ".apng", ".avif", ".bmp", ".bw", ".dds", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo",
+    ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi", ".rgb", ".sgi", ".tga", ".tif", ".tiff", ".webp",
+    ".xbm", ".xpm",
+))
+# What systems and programs leave behind in people's folders: copies, thumbnails and notes of their own.
+NOT_OURS = frozenset((
+    "__macosx", "@eadir", "#recycle", "$recycle.bin", "desktop.ini", "ehthumbs.db", "lost+found",
+    "system volume information", "thumbs.db",
+))
+# fmt: on
+MAX_PIXELS = 40_000_000
+"""Images with more pixels are refused before they are decoded: a small file can hold an image that fills memory."""
+
 # Part of every cache key: raise it whenever the same file would come out as different pixels.
 PREPROCESSING_VERSION = 1
 _AT_ONCE = 64  # images a job of the thread pool; one at a time would cost more in hand-over than in decoding
@@ -81,8 +95,9 @@ def check_folder(root: str | Path, what: str) -> Path:
 
 
 def visible(folder: Path) -> Iterator[Path]:
-    """The entries of a folder by name, without hidden ones."""
-    return (entry for entry in sorted(folder.iterdir()) if not entry.name.startswith("."))
+    """The entries of a folder by name, without hidden ones and what systems leave behind (``NOT_OURS``)."""
+    entries = sorted(folder.iterdir())
+    return (entry for entry in entries if not entry.name.startswith(".") and entry.name.lower() not in NOT_OURS)
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -205,15 +220,34 @@ def decode_image(data: bytes, *, size: int, channels: int, fit: Fit = "stretch",
     scaled to 8 bits. ``fit="stretch"`` resizes to the square whatever the aspect ratio; ``"crop"`` resizes
     the shorter side and cuts the longer one's ends off.
 
+    Of an animation, the first picture is taken.
+
     Raises any of Pillow's errors for data that is not a whole image, and ``ValueError`` for images of more
-    pixels than ``PIL.Image.MAX_IMAGE_PIXELS`` and for floating-point images.
+    than ``MAX_PIXELS`` pixels and for floating-point images.
     """
-    with Image.open(io.BytesIO(data)) as opened:
-        limit = Image.MAX_IMAGE_PIXELS
-        # Pillow itself only warns until twice its limit.
-        if limit is not None and opened.width * opened.height > limit:
-            raise ValueError(f"{opened.width} x {opened.height} pixels is more than the limit of {limit} in all")
-        return prepare_image(ImageOps.exif_transpose(opened), size=size, channels=channels, fit=fit, invert=invert)
+    if not data:
+        raise ValueError("the file is empty")
+    with _open(data) as opened:
+        return image_pixels(opened, size=size, channels=channels, fit=fit, invert=invert)
+
+
+def image_pixels(image: Image.Image, *, size: int, channels: int, fit: Fit = "stretch", invert: bool = False) -> Pixels:
+    """An opened image, decoded or not, as uint8 ``[channels, size, size]``; see :func:`decode_image`."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS // 10**6} megapixels; "
+            "make the image smaller"
+        )
+    return prepare_image(ImageOps.exif_transpose(image), size=size, channels=channels, fit=fit, invert=invert)
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError:  # Pillow's own limit, which lies above ours
+        raise ValueError(f"more pixels than the limit of {MAX_PIXELS // 10**6} megapixels; make it smaller") from None
+    except UnidentifiedImageError:
+        raise ValueError("not an image that can be read, whatever its name says") from None
 
 
 def prepare_image(image: Image.Image, *, size: int, channels: int, fit: Fit, invert: bool) -> Pixels:

@@ -10,6 +10,7 @@ import innerloop.nn
 from innerloop.data import (
     Episodes,
     ImageDataset,
+    Preprocessing,
     Sinusoids,
     TaskSource,
     image_folder,
@@ -58,28 +59,52 @@ def build_tasks(config: Config, device: torch.device, progress: bool = False) ->
     data, seed = config.data, config.compute.seed
     if data.dataset == "sinusoid":
         return Sinusoids(shots=data.shots, queries=data.queries, seed=seed, device=device)
-    colour = data.channels == 3
+    preprocessing = build_preprocessing(config)
     return Episodes(
-        _images(data, seed, progress),
+        _images(data, preprocessing, seed, progress),
         ways=data.ways,
         shots=data.shots,
         queries=data.queries,
         seed=seed,
         rotations=data.rotations,
-        mean=_IMAGENET_MEAN if colour else None,
-        std=_IMAGENET_STD if colour else None,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
         device=device,
     )
 
 
-def _images(data: DataConfig, seed: int, progress: bool) -> ImageDataset:
+def build_preprocessing(config: Config) -> Preprocessing:
+    """What a config's images go through before the network sees them, the same in training and in use.
+
+    Raises:
+        ConfigError: its tasks are not made of images.
+    """
+    data = config.data
+    if config.regression:
+        raise ConfigError(f"--dataset {data.dataset} is regression and has no images")
+    colour = data.channels == 3
+    # Strokes are drawn bright; files of Omniglot are dark ink on white paper.
+    bright = data.dataset in ("strokes", "omniglot") or (data.dataset == "folder" and data.invert)
+    return Preprocessing(
+        size=data.image_size,
+        channels=data.channels,
+        fit="crop" if data.dataset == "folder" else "stretch",
+        invert=bright and data.dataset != "strokes",
+        mean=_IMAGENET_MEAN if colour else None,
+        std=_IMAGENET_STD if colour else None,
+        ink="bright" if bright else None,
+    )
+
+
+def _images(data: DataConfig, preprocessing: Preprocessing, seed: int, progress: bool) -> ImageDataset:
+    size = preprocessing.size
     if data.dataset == "strokes":
         classes = {"train": data.train_classes, "val": 100, "test": 400}
-        return strokes(classes, size=data.image_size, seed=seed, progress=progress)  # type: ignore[arg-type]
+        return strokes(classes, size=size, seed=seed, progress=progress)  # type: ignore[arg-type]
     if data.dataset == "omniglot":
         return omniglot(
             data.data,
-            size=data.image_size,
+            size=size,
             split=data.split,
             seed=seed,
             download=data.download,
@@ -91,17 +116,18 @@ def _images(data: DataConfig, seed: int, progress: bool) -> ImageDataset:
     if data.dataset == "mini-imagenet":
         return mini_imagenet(
             data.data,
-            size=data.image_size,
+            size=size,
             splits_dir=data.splits_dir,
             skip_broken=data.skip_broken,
             progress=progress,
         )
     return image_folder(
         data.data,
-        size=data.image_size,
-        channels=data.channels,
+        size=size,
+        channels=preprocessing.channels,
         ratios=data.ratios,
-        invert=data.invert,
+        at_least=data.shots + data.queries,
+        invert=preprocessing.invert,
         seed=seed,
         skip_broken=data.skip_broken,
         progress=progress,
@@ -134,7 +160,7 @@ def build_workers(config: Config, learner: MetaLearner, source: TaskSource, devi
 def build_learner(config: Config, device: torch.device) -> MetaLearner:
     """The config's network with freshly drawn weights, in a MetaLearner of its method."""
     torch.manual_seed(config.compute.seed)
-    network = _network(config).to(device)
+    network = build_network(config).to(device)
     if device.type == "cpu":
         # Convolutions of these shapes run two to three times faster channels-last on CPUs.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -150,7 +176,8 @@ def build_learner(config: Config, device: torch.device) -> MetaLearner:
     )
 
 
-def _network(config: Config) -> nn.Module:
+def build_network(config: Config) -> nn.Module:
+    """The config's network with freshly drawn weights."""
     data, network = config.data, config.network
     if network.network == "mlp":
         return innerloop.nn.MLP()

@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import logging
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -78,17 +80,30 @@ def test_invert(encoded) -> None:
     assert (decode(encoded(10, "L"), invert=True) == 245).all()
 
 
-def test_bombs_are_refused(encoded, monkeypatch) -> None:
-    data = encoded(size=(20, 20))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
-    with (
-        pytest.warns(Image.DecompressionBombWarning),
-        pytest.raises(ValueError, match="20 x 20 pixels is more than the limit of 300"),
-    ):
-        decode(data)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(Image.DecompressionBombError):
-        decode(data)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bombs_are_refused_before_they_are_decoded(encoded, monkeypatch) -> None:
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
+    small = encoded(size=(20, 20))
+    for sides in ((10_000, 10_000), (100_000, 100_000)):
+        # A header may claim any size; its checksum is the only thing to put right.
+        header = b"IHDR" + struct.pack(">II", *sides) + small[24:29]
+        claimed = small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
+        with pytest.raises(ValueError, match="than the limit of 40 megapixels"):
+            decode(claimed)
+
+
+def test_what_is_no_image_says_so() -> None:
+    with pytest.raises(ValueError, match="the file is empty"):
+        decode(b"")
+    with pytest.raises(ValueError, match="not an image that can be read"):
+        decode(b"just some text")
+
+
+def test_the_first_picture_of_an_animation_is_taken() -> None:
+    first, second = Image.new("L", (8, 8), 40), Image.new("L", (8, 8), 200)
+    for kind in ("GIF", "PNG", "WEBP"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        assert (decode(as_bytes(first, kind, save_all=True, append_images=[second], **options)) == 40).all()
 
 
 def test_floating_point_images_are_refused(encoded) -> None:

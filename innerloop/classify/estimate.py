@@ -1,0 +1,93 @@
+"""How good a classifier is, as far as its own support set can tell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+MOST_FOLDS = 20
+"""Every fold is an adaptation of its own; so many take seconds."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Accuracy on support images that were held out of the adaptation in turn.
+
+    Attributes:
+        kind: ``"leave-one-out"``: each image alone; ``"k-fold"``: several at a time.
+        folds: adaptations that were made.
+        images: how many were judged, each once.
+        correct: how many of them were given their own class.
+        low: lower end of the 95% Wilson interval of the accuracy.
+        high: its upper end.
+    """
+
+    kind: Literal["leave-one-out", "k-fold"]
+    folds: int
+    images: int
+    correct: int
+    low: float
+    high: float
+
+    @property
+    def accuracy(self) -> float:
+        """The fraction that is correct."""
+        return self.correct / self.images
+
+
+def wilson_interval(correct: int, images: int) -> tuple[float, float]:
+    """The 95% interval of a fraction (Wilson 1927), which is of use for small numbers and for 0% and 100% too."""
+    z = 1.959963984540054
+    p, n = correct / images, images
+    middle, half = (p + z * z / (2 * n)), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def folds(targets: Tensor, most: int = MOST_FOLDS) -> list[Tensor]:
+    """Which images to hold out in each fold: every image once, and never all of a class.
+
+    One image a fold where there are at most ``most`` of them; else ``most`` folds, each class spread over them.
+    """
+    n = len(targets)
+    if n <= most:
+        return [torch.tensor([i]) for i in range(n)]
+    # Classes follow each other from fold to fold, so that all folds are of one size, as near as can be.
+    fold = torch.empty(n, dtype=torch.long)
+    fold[targets.argsort(stable=True)] = torch.arange(n) % most
+    return [(fold == f).nonzero().flatten() for f in range(most)]
+
+
+def estimate(
+    targets: Tensor, predicted: Callable[[Tensor, Tensor], Tensor], tick: Callable[[], None] = lambda: None
+) -> Estimate | None:
+    """Adapt again and again without some of the images, and judge those; None where a class has a single image.
+
+    Args:
+        targets: ``[n]``, the support images' classes, 0 .. ways - 1.
+        predicted: ``predicted(kept, held_out)`` adapts to the images of the first numbers and gives the classes it
+            finds for the second.
+        tick: called after each fold.
+    """
+    if int(targets.bincount().min()) < 2:
+        return None
+    every = torch.arange(len(targets))
+    held_out_sets = folds(targets)
+    correct = 0
+    for held_out in held_out_sets:
+        kept = every[~torch.isin(every, held_out)]
+        correct += int((predicted(kept, held_out) == targets[held_out]).sum())
+        tick()
+    alone = len(held_out_sets) == len(targets)
+    return Estimate(
+        "leave-one-out" if alone else "k-fold",
+        len(held_out_sets),
+        len(targets),
+        correct,
+        *wilson_interval(correct, len(targets)),
+    )
