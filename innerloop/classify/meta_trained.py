@@ -286,7 +286,8 @@ class Adaptation:
     @property
     def support_accuracies(self) -> Tensor:
         """``[K + 1]``: the fraction of support images told right after 0 .. K inner steps."""
-        return (self._support_logits.argmax(2) == self.examples.targets).float().mean(1)
+        accuracies: Tensor = (self._support_logits.argmax(2) == self.examples.targets).float().mean(1)
+        return accuracies
 
     def probabilities(self, images: Iterable[ImageLike]) -> Tensor:
         """``[K + 1, n, ways]``: what images are taken for after 0 .. K inner steps.
