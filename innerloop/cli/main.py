@@ -19,13 +19,16 @@ innerloop: MAML and MAML++ for any PyTorch model.
   innerloop evaluate RUN [options]      test a run on held-out classes
   innerloop ablate [GRID] [options]     train the rows of a table from several seeds, and write the table
   innerloop presets                     what there is to train
+  innerloop adapt RUN DIR --out MODEL   a classifier of your own classes, from a folder of images for each
+  innerloop predict MODEL IMAGES...     what images are, by such a classifier
+  innerloop export MODEL --out FILE     the classifier for other programs: ONNX, TorchScript, torch.export
   innerloop bench [CASE...] [options]   time and memory of a meta-training step, beside other libraries
 
-  innerloop train --help, innerloop evaluate --help, innerloop bench --help: every option with its default
+  innerloop COMMAND --help: every option with its default
   innerloop --version
 """
 
-COMMANDS = ("train", "evaluate", "ablate", "presets", "bench")
+COMMANDS = ("train", "evaluate", "ablate", "presets", "adapt", "predict", "export", "bench")
 """Each a module of this package with a function ``run(arguments)`` that returns the exit code."""
 
 # Exit codes, as said in the README: 2 is also what the argument parser itself exits with.

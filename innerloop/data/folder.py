@@ -55,6 +55,11 @@ def find_classes(root: Path) -> FoundClasses:
     return found
 
 
+def images_below(root: Path) -> list[Path]:
+    """All images in a folder and in the folders below it, by name; what ``find_classes`` passes over, left out."""
+    return _images_below(root, str(root), (root.resolve(),), FoundClasses())
+
+
 def _find(folder: Path, name: str, above: tuple[Path, ...], found: FoundClasses) -> None:
     """Add the classes below a folder, or the folder itself if it has images of its own."""
     if name and image_files(folder):
