@@ -15,9 +15,9 @@ from rich.console import Console
 from innerloop.classify import Adaptation, Estimate, load
 from innerloop.classify.estimate import folds
 from innerloop.classify.meta_trained import InkChoice
-from innerloop.cli.arguments import parsed
+from innerloop.cli.arguments import check_out, parsed
 from innerloop.network import Normalisation
-from innerloop.training.config import ConfigError, Count
+from innerloop.training.config import Count
 from innerloop.training.progress import Progress
 
 
@@ -51,7 +51,7 @@ class AdaptArguments:
 def run(arguments: Sequence[str]) -> int:
     """Adapt as the command line says."""
     chosen = parsed(AdaptArguments, arguments, "innerloop adapt")
-    _check_out(chosen.out, chosen.overwrite)
+    check_out(chosen.out, chosen.overwrite)
     progress = Progress(shown=not chosen.json)
     adaptation = load(chosen.run).adaptation(
         chosen.support,
@@ -84,16 +84,6 @@ def run(arguments: Sequence[str]) -> int:
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    """Raise ``ConfigError`` where the classifier cannot be written to, before any work is done."""
-    if out.is_dir():
-        raise ConfigError(f"--out {out} is a folder; name a file in it, such as {out / 'classifier.safetensors'}")
-    if out.exists() and not overwrite:
-        raise ConfigError(f"--out {out} exists already; name another file, or write over it with --overwrite")
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
 
 
 def _classes(adaptation: Adaptation) -> str:
