@@ -101,9 +101,7 @@ class MetaTrained:
     def any_ways(self) -> bool:
         """Whether it can be adapted to any number of classes: its head starts from zeros in every task."""
         method = self.config.method
-        zeros = all(
-            any(fnmatchcase(n, p) for p in getattr(method, "zero_init", ())) for n in ("head.weight", "head.bias")
-        )
+        zeros = all(any(fnmatchcase(n, p) for p in method.zero_init) for n in ("head.weight", "head.bias"))
         return zeros and not method.meta_sgd  # whose rates are as many as the head's weights
 
     def adapt(
@@ -111,7 +109,7 @@ class MetaTrained:
         support: SupportSource,
         *,
         steps: int | None = None,
-        normalisation: Normalisation = "running",
+        normalisation: Normalisation = "support",
         ink: InkChoice = "auto",
         skip_broken: bool = False,
     ) -> Classifier:
@@ -142,7 +140,7 @@ class MetaTrained:
         support: SupportSource,
         *,
         steps: int | None = None,
-        normalisation: Normalisation = "running",
+        normalisation: Normalisation = "support",
         ink: InkChoice = "auto",
         skip_broken: bool = False,
     ) -> Adaptation:
@@ -303,7 +301,8 @@ class Adaptation:
     def _logits(self, inputs: Tensor) -> Tensor:
         """``[K + 1, n, ways]``."""
         outputs: list[Tensor] = [
-            self.learner.predict(theta, k, inputs, self.normalisation) for k, theta in enumerate(self.fast_weights)
+            self.learner.predict(theta, k, inputs, self.normalisation, support=self.examples.inputs)
+            for k, theta in enumerate(self.fast_weights)
         ]
         return torch.stack(outputs)
 
