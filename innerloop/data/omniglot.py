@@ -99,6 +99,17 @@ def omniglot(
     return {name: everything.select(numbers) for name, numbers in _split_classes(split, seed).items()}
 
 
+def evaluation_characters(root: str | Path, split: str, seed: int) -> Characters:
+    """The evaluation alphabets' characters that neither train nor validate, by ``Alphabet/characterNN``.
+
+    Raises ``FileNotFoundError`` and ``ValueError`` as :func:`omniglot` does.
+    """
+    characters = _list_characters(Path(root).expanduser())
+    names = list(characters)
+    background = PARTS["images_background"][0]
+    return {names[c]: characters[names[c]] for c in _split_classes(split, seed)["test"] if c >= background}
+
+
 def _split_classes(split: str, seed: int) -> dict[Split, list[int]]:
     """The characters' numbers in each split; the background's 964 come before the evaluation's 659."""
     n_background = PARTS["images_background"][0]
