@@ -1,11 +1,18 @@
 """For every test: one core, since the models are small and other work shares the machine, and an empty cache."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageDraw
+
+from innerloop import maml_plus_plus
+from innerloop.training.building import build_learner
+from innerloop.training.checkpoints import save_checkpoint
+from innerloop.training.config import Config, NetworkConfig
+from innerloop.training.run_folder import RunFolder
 
 torch.set_num_threads(1)
 
@@ -32,3 +39,56 @@ def omniglot_root() -> Path:
     if not root.exists():
         pytest.skip(f"the real Omniglot is not in {root}; set INNERLOOP_OMNIGLOT to its folder")
     return root
+
+
+@pytest.fixture(scope="session")
+def make_run() -> Callable[..., Path]:
+    """Writes the folder of a run of one epoch that learned nothing: ``make_run(path, Config(...))``."""
+
+    def make(
+        path: Path, config: Config | None = None, checkpoints: Sequence[tuple[float, float]] = ((0.5, 1.0),)
+    ) -> Path:
+        """``checkpoints``: the validation score of each epoch, and what its initial weights are multiplied by."""
+        config = config or Config(network=NetworkConfig(filters=8), method=maml_plus_plus(inner_steps=3))
+        folder = RunFolder(path)
+        folder.create("quickstart", config)
+        learner = build_learner(config, torch.device("cpu"))
+        for epoch, (value, factor) in enumerate(checkpoints, start=1):
+            state = {n: t * factor if n.startswith("adapted/") else t for n, t in learner.state_dict().items()}
+            save_checkpoint(folder.epoch_checkpoint(epoch), state, {"epoch": epoch, "val": value})
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shapes() -> Callable[..., Image.Image]:
+    """Draws one of some easy shapes, dark ink on a light page, a little different for each number."""
+
+    def draw(kind: str, number: int = 0, ink: int = 20, page: int = 240, side: int = 60) -> Image.Image:
+        image = Image.new("L", (side, side), page)
+        pen = ImageDraw.Draw(image)
+        at = 15 + 3 * (number % 10)
+        if kind == "bar":
+            pen.rectangle((5, at, side - 6, at + 5), fill=ink)
+        elif kind == "post":
+            pen.rectangle((at, 5, at + 5, side - 6), fill=ink)
+        elif kind == "dot":
+            pen.ellipse((at, 15, at + 14, 29), fill=ink)
+        elif kind == "slope":
+            pen.line((5, at, side - 6, side - at), fill=ink, width=4)
+        else:
+            pen.rectangle((at - 8, at - 8, at + 20, at + 20), outline=ink, width=3)
+        return image
+
+    return draw
+
+
+@pytest.fixture
+def support_folder(tmp_path: Path, shapes: Callable[..., Image.Image]) -> Path:
+    """Three classes of three drawings each, as a person would have them."""
+    for kind in ("bar", "dot", "post"):
+        (tmp_path / "my classes" / kind).mkdir(parents=True)
+        for i in range(3):
+            shapes(kind, i).save(tmp_path / "my classes" / kind / f"{i}.png")
+    return tmp_path / "my classes"
