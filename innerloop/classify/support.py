@@ -125,6 +125,8 @@ def _checked_names(given: Sequence[str]) -> list[str]:
     for raw, name in zip(given, names, strict=True):
         if not name:
             raise ValueError(f"{raw!r} is no name for a class: nothing in it can be seen")
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+            raise ValueError(f"{raw!r} is no name for a class: not all of it is text. Rename it")
         alike = unicodedata.normalize("NFC", name.casefold())
         if alike in seen:
             raise ValueError(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
+from unicodedata import category
 
 import torch
 import tyro
@@ -19,6 +21,9 @@ from innerloop.cli.arguments import parsed
 from innerloop.data.folder import images_below
 from innerloop.training.config import ConfigError, Count
 from innerloop.training.progress import Progress
+
+_BREAKING = frozenset({"Cc", "Zl", "Zp"})
+"""Unicode's categories of what a terminal would obey: control characters, line and paragraph separators."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +95,15 @@ def _as_json(path: Path, found: Prediction) -> None:
 
 
 def _as_csv(path: Path, found: Prediction) -> None:
-    name = str(path).encode(errors="backslashreplace").decode()
-    csv.writer(sys.stdout, lineterminator="\n").writerow([name, found.name, f"{found.probability:.6f}"])
+    csv.writer(sys.stdout, lineterminator="\n").writerow([_text(path), found.name, f"{found.probability:.6f}"])
     sys.stdout.flush()
 
 
+def _text(path: Path) -> str:
+    """A path as text that can be printed, bytes that are none written out."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def _printable(path: Path) -> str:
-    """A path on one line, whatever bytes are in it."""
-    name = str(path)
-    return name if name.isprintable() else name.encode("unicode_escape", errors="backslashreplace").decode()
+    """A path on one line."""
+    return "".join(c.encode("unicode_escape").decode() if category(c) in _BREAKING else c for c in _text(path))

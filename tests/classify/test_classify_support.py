@@ -114,14 +114,17 @@ def test_names_that_are_the_same_to_a_person(shapes: Draw, one: str, other: str)
 
 
 def test_names_in_any_script(tmp_path: Path, shapes: Draw) -> None:
-    names = ['it\'s "a" cat', "Ωμέγα", "猫 犬", "a, b\tc", unicodedata.normalize("NFD", "Käfer")]
+    names = ['it\'s "a" cat', "Ωμέγα", "猫 犬", "a, b\tc", "می‌خواهم", unicodedata.normalize("NFD", "Käfer")]
     for i, name in enumerate(names):
         (tmp_path / "classes" / name).mkdir(parents=True)
         shapes("dot", i).save(tmp_path / "classes" / name / "a b'c.png")
     found = read(tmp_path / "classes")
-    assert set(found.classes) == {'it\'s "a" cat', "Ωμέγα", "猫 犬", "a, b c", "Käfer"}
+    assert set(found.classes) == {'it\'s "a" cat', "Ωμέγα", "猫 犬", "a, b c", "می‌خواهم", "Käfer"}
     with pytest.raises(ValueError, match="nothing in it can be seen"):
         read({" ": [shapes("dot")], "b": [shapes("bar")]})
+    for name in ("a\udcff", "a\x00b", "\x1b[31mred"):
+        with pytest.raises(ValueError, match="not all of it is text"):
+            read({name: [shapes("dot")], "b": [shapes("bar")]})
 
 
 def test_every_broken_image_is_named(support_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
