@@ -300,6 +300,17 @@ class DistributedWorkers(Workers):
         dist.broadcast(flat, 0, self._group)
 
 
+def exchanged_bytes(learner: MetaLearner) -> int:
+    """Bytes of the buffers that the ranks all-reduce in a step: S of the model of its time in docs/distributed.md.
+
+    Meta-gradients once; running statistics as sum, largest and least; counters once, as int64.
+    """
+    statistics = [t for group in learner.statistics for t in group.values()]
+    floats = sum(t.nbytes for t in statistics if t.is_floating_point())
+    counters = sum(8 * t.numel() for t in statistics if not t.is_floating_point())
+    return sum(p.nbytes for p in learner.parameters()) + 3 * floats + counters
+
+
 class _Seen(NamedTuple):
     """What a rank saw on its tasks, for all to know: tensors ``[T, ...]``, and the names of what got a gradient."""
 

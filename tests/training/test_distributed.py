@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.run
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ from innerloop.tasks import Task
 from innerloop.training.building import build_workers
 from innerloop.training.checkpoints import load_checkpoint
 from innerloop.training.config import PRESETS, Config, ConfigError
-from innerloop.training.distributed import DistributedWorkers, joined
+from innerloop.training.distributed import DistributedWorkers, exchanged_bytes, joined
 from innerloop.training.evaluation import evaluate
 from innerloop.training.progress import Bar
 from innerloop.training.workers import Workers
@@ -173,7 +174,14 @@ def bits(learner: MetaLearner) -> str:
 def _updates_of_a_rank(bnrs: bool) -> dict[str, Any]:
     with joined(timeout=60) as ranks:
         # Every rank draws its own weights: rank 0's are to be taken.
-        return updates(DistributedWorkers(make_learner(ranks.rank, bnrs), make_source(), ranks))
+        workers = DistributedWorkers(make_learner(ranks.rank, bnrs), make_source(), ranks)
+        sent, all_reduce = [], dist.all_reduce
+        dist.all_reduce = lambda flat, *rest: (sent.append(flat), all_reduce(flat, *rest))  # type: ignore[assignment]
+        seen = updates(workers)
+        # One buffer for each dtype and operation: float64 sums, float64 and int64 maxima.
+        assert sum(flat.nbytes for flat in sent) == len(SIZES) * exchanged_bytes(workers.learner)
+        assert len(sent) == len(SIZES) * 3
+        return seen
 
 
 @pytest.mark.parametrize(("size", "bnrs"), [(1, True), (2, True), (4, True), (3, False)])
