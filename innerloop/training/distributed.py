@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.utils import _pytree as pytree
 
 from innerloop.data import TaskSource
@@ -137,8 +141,10 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
+            # gloo's first line, without the place in its source and its advice.
+            what = re.sub(r"\[/\S+\] ", "", str(error).strip().splitlines()[0]).split(". This is typically")[0]
             raise WorkerError(
-                f"rank {self.rank} lost the others: {str(error).strip().splitlines()[0]} (A rank was killed, failed, "
+                f"rank {self.rank} lost the others: {what}. (A rank was killed, failed, "
                 f"or hung for longer than --timeout {self.timeout:g} s.) What was saved is kept: "
                 "torchrun --max-restarts K goes on by itself, innerloop train --resume RUN when you say so"
             ) from None
@@ -170,11 +176,39 @@ def joined(timeout: float = TIMEOUT_SECONDS) -> Iterator[Ranks]:
         return
     allowed = timedelta(seconds=timeout)
     # Machines start at different times, whatever is allowed between two steps.
-    dist.init_process_group("gloo", timeout=max(_START, allowed))
-    group = dist.new_group(backend="gloo", timeout=allowed)
+    start = max(_START, allowed)
+    with Ranks(int(os.environ["RANK"]), timeout=start.total_seconds()).talking():
+        store, rank, size = next(rendezvous("env://", timeout=start))
+        store = _unused(store, rank, size, start)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=start)
+        group = dist.new_group(backend="gloo", timeout=allowed)
     local_rank, local_size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_size, timeout, group)
+    yield Ranks(rank, size, local_rank, local_size, timeout, group)
     dist.destroy_process_group()  # not after an error: it would wait for those who are gone
+
+
+def _unused(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
+    """A part of torchrun's store that no earlier start of the ranks has left its addresses in.
+
+    torchrun keeps one store over restarts, and counts restarts for each machine. So rank 0 names the part, the others
+    answer there, and rank 0 confirms whose answers it has read: an earlier one has confirmed other answers.
+    """
+    if rank == 0:
+        part = uuid.uuid4().hex
+        store.set("innerloop", part)
+        answers = [f"{part}/{other}" for other in range(1, size)]
+        if answers:
+            store.wait(answers, timeout)
+        store.set(f"{part}/confirmed", " ".join(store.get(answer).decode() for answer in answers))
+        return PrefixStore(part, store)
+    answer, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        part = store.get("innerloop").decode()
+        store.set(f"{part}/{rank}", answer)
+        if store.check([f"{part}/confirmed"]) and answer in store.get(f"{part}/confirmed").decode():
+            return PrefixStore(part, store)
+        time.sleep(0.05)
+    raise WorkerError(f"rank {rank} has not met the others in {timeout.total_seconds():g} s")
 
 
 class DistributedWorkers(Workers):
