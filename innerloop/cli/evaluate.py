@@ -11,10 +11,12 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
+from innerloop.cli.ranks import peeked_timeout, to_be_launched
 from innerloop.cli.tables import print_test
 from innerloop.training.building import build_device, build_learner, build_tasks, build_workers
 from innerloop.training.checkpoints import write_json
 from innerloop.training.config import ConfigError, Count, Positive, problems
+from innerloop.training.distributed import TIMEOUT_SECONDS, Ranks, joined, launch
 from innerloop.training.environment import environment
 from innerloop.training.evaluation import evaluate_checkpoints
 from innerloop.training.progress import Progress
@@ -42,38 +44,51 @@ class EvaluateArguments:
     """CPU threads of each process (0: the cores shared out over the processes)."""
     processes: Count = 0
     """Processes that tasks are shared out to, on a CPU (0: one for each core that helps)."""
+    devices: int = 0
+    """Ranks on this machine: GPUs where there are any, else CPU processes (0: one, or what torchrun starts)."""
+    timeout: float = TIMEOUT_SECONDS
+    """Seconds that a rank waits for the others before the evaluation ends."""
     json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print the result as JSON on standard output, and no progress."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Evaluate as the command line says."""
+    with joined(peeked_timeout(arguments)) as ranks:
+        return _run(arguments, ranks)
+
+
+def _run(arguments: Sequence[str], ranks: Ranks) -> int:
     chosen = tyro.cli(EvaluateArguments, args=list(arguments), prog="innerloop evaluate")
     try:
         TypeAdapter(EvaluateArguments).validate_python(asdict(chosen))
     except ValidationError as error:
         raise ConfigError(problems(error)) from None
     folder = RunFolder(chosen.run)
-    preset, config = folder.read_config()
-    if not folder.latest.exists() or not (epochs := best_epochs(folder)):
+    preset, config = ranks.shared(folder.read_config)
+    epochs = ranks.shared(lambda: best_epochs(folder) if folder.latest.exists() else [])
+    if not epochs:
         raise ConfigError(f"{chosen.run} has no finished epoch to test; go on: innerloop train --resume {chosen.run}")
+    if to_be_launched(chosen.devices, ranks):
+        return launch(chosen.devices, ["evaluate", *arguments])
     config = replace(
         config,
         data=replace(config.data, data=chosen.data or config.data.data),
         compute=replace(config.compute, device=chosen.device, threads=chosen.threads, processes=chosen.processes),
     )
-    progress = Progress(shown=not chosen.json)
-    device = build_device(config)
-    source = build_tasks(config, device, progress=progress.shown)
+    progress = Progress(shown=ranks.main and not chosen.json)
+    device = build_device(config, ranks)
+    with ranks.first_on_each_machine():
+        source = build_tasks(config, device, progress=progress.shown)
     learner = build_learner(config, device)
     steps = chosen.steps or config.test_steps
     with (
         progress.task(f"{chosen.split} tasks", chosen.tasks * len(epochs)) as bar,
-        build_workers(config, learner, source, device) as workers,
+        build_workers(config, learner, source, device, ranks) as workers,
     ):
         result = evaluate_checkpoints(
             workers,
-            best_checkpoints(folder, epochs),
+            best_checkpoints(folder, epochs, ranks),
             chosen.split,
             chosen.tasks,
             steps=steps,
@@ -81,6 +96,8 @@ def run(arguments: Sequence[str]) -> int:
             tick=bar.advance,
         )
         measured_on = environment(device, workers.count)
+    if not ranks.main:
+        return 0
     scores = result.to_json()
     record = {
         "version": 1,

@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Heavy imports come after the cheap mistakes.
     command = import_module(f"innerloop.cli.{name}")
     from innerloop.training.trainer import DivergedError, InterruptedRunError
+    from innerloop.training.workers import WorkerError
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
     logging.captureWarnings(True)
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), DIVERGED)
     except InterruptedRunError as stop:
         return 128 + stop.signal_number
+    except WorkerError as error:
+        return _fail(str(error), FAILED)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

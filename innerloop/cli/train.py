@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import tyro
 
+from innerloop.cli.ranks import peeked_timeout, to_be_launched
 from innerloop.cli.tables import print_test
 from innerloop.methods import METHODS
 from innerloop.training.config import PRESETS, Config, ConfigError, config_to_json, validated
+from innerloop.training.distributed import TIMEOUT_SECONDS, Ranks, joined, launch, restarted
 from innerloop.training.figures import write_figures
 from innerloop.training.progress import Progress
 from innerloop.training.run_folder import RunFolder
-from innerloop.training.trainer import InterruptedRunError, train
+from innerloop.training.trainer import FinishedRun, InterruptedRunError, train
 
 MethodName = Literal["maml", "fomaml", "meta_sgd", "anil", "boil", "maml_plus_plus"]
 
@@ -36,6 +39,10 @@ class TrainArguments:
     """Folder of the run. Default: runs/PRESET-METHOD-TIME."""
     resume: Path | None = None
     """Go on with the run in this folder."""
+    devices: int = 0
+    """Ranks on this machine: GPUs where there are any, else CPU processes (0: one, or what torchrun starts)."""
+    timeout: float = TIMEOUT_SECONDS
+    """Seconds that a rank waits for the others before the run ends."""
     json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print the summary as JSON on standard output, and no progress."""
     quiet: bool = False
@@ -44,7 +51,41 @@ class TrainArguments:
 
 def run(arguments: Sequence[str]) -> int:
     """Train as the command line says."""
-    arguments = list(arguments)
+    with joined(peeked_timeout(arguments)) as ranks:
+        plan = _plan(list(arguments), ranks)
+        if to_be_launched(plan.devices, ranks):
+            place = [] if plan.resumed else ["--out", str(plan.folder.path)]
+            return launch(plan.devices, ["train", *arguments, *place])
+        finished = _train(plan, ranks)
+    if not ranks.main:
+        return 0
+    with plan.progress.waiting("drawing figures"):
+        figures = write_figures(plan.folder.path, plan.config.test_steps, finished.source, finished.learner)
+    if plan.json:
+        print(json.dumps(finished.summary))
+    else:
+        tasks = plan.config.evaluation.test_tasks
+        print_test(finished.summary["test"], plan.config.regression, f"test, {tasks} tasks")
+        plan.progress.console.print(
+            f"figures: {', '.join(sorted(str(f) for f in figures))}", highlight=False, soft_wrap=True
+        )
+    return 0
+
+
+class _Plan(NamedTuple):
+    """What the command line asks for, found to be possible."""
+
+    folder: RunFolder
+    preset: str
+    config: Config
+    resumed: bool
+    devices: int
+    json: bool
+    progress: Progress
+    command: str
+
+
+def _plan(arguments: list[str], ranks: Ranks) -> _Plan:
     preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     if preset is not None and preset not in PRESETS:
         close = get_close_matches(preset, PRESETS, n=1)
@@ -53,7 +94,7 @@ def run(arguments: Sequence[str]) -> int:
     resumed, method = _peek(arguments)
     if resumed is not None:
         folder = RunFolder(resumed)
-        stored_preset, stored = folder.read_config()
+        stored_preset, stored = ranks.shared(folder.read_config)
         chosen = _parse(arguments, stored_preset, method or "maml_plus_plus", stored)
         if preset not in (None, stored_preset):
             raise ConfigError(f"{resumed} is a run of preset {stored_preset}, not of {preset}: leave the preset out")
@@ -66,31 +107,42 @@ def run(arguments: Sequence[str]) -> int:
         method = method or PRESETS[preset].method
         chosen = _parse(arguments, preset, method, PRESETS[preset].config(method))
         config = validated(chosen.config)
-        time = datetime.now().strftime("%Y%m%d-%H%M%S")
-        folder = RunFolder(chosen.out or Path("runs") / f"{preset}-{method}-{time}")
-        folder.require_unused()
-    progress = Progress(shown=not (chosen.json or chosen.quiet))
+        folder = _new_or_unfinished(chosen.out, preset, method, config, ranks)
+    progress = Progress(shown=ranks.main and not (chosen.json or chosen.quiet))
     command = shlex.join(["innerloop", "train", preset, *arguments])
+    return _Plan(folder, preset, config, resumed is not None, chosen.devices, chosen.json, progress, command)
+
+
+def _new_or_unfinished(out: Path | None, preset: str, method: str, config: Config, ranks: Ranks) -> RunFolder:
+    """The folder of a new run; under torchrun also that of an unfinished one, since torchrun starts things again."""
+    if out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        raise ConfigError("with --max-restarts the run needs a folder to be found again in: --out DIR")
+    time = ranks.shared(lambda: datetime.now().strftime("%Y%m%d-%H%M%S"))
+    folder = RunFolder(out or Path("runs") / f"{preset}-{method}-{time}")
+
+    def check() -> None:
+        if ranks.group is None or not folder.created or (folder.summary.exists() and not restarted()):
+            folder.require_unused()
+            return
+        stored_preset, stored = folder.read_config()
+        if stored_preset != preset:
+            raise ConfigError(f"{folder.path} is a run of preset {stored_preset}, not of {preset}: name another --out")
+        _resumable(folder.path, stored, config)
+
+    ranks.shared(check)
+    return folder
+
+
+def _train(plan: _Plan, ranks: Ranks) -> FinishedRun:
     try:
-        finished = train(folder, preset, config, progress, command)
+        return train(plan.folder, plan.preset, plan.config, plan.progress, plan.command, ranks)
     except InterruptedRunError:
-        progress.console.print(
-            f"Saved. Go on with: innerloop train --resume {shlex.quote(str(folder.path))}",
+        plan.progress.console.print(
+            f"Saved. Go on with: innerloop train --resume {shlex.quote(str(plan.folder.path))}",
             highlight=False,
             soft_wrap=True,
         )
         raise
-    summary = finished.summary
-    with progress.waiting("drawing figures"):
-        figures = write_figures(folder.path, config.test_steps, finished.source, finished.learner)
-    if chosen.json:
-        print(json.dumps(summary))
-    else:
-        print_test(summary["test"], config.regression, f"test, {config.evaluation.test_tasks} tasks")
-        progress.console.print(
-            f"figures: {', '.join(sorted(str(f) for f in figures))}", highlight=False, soft_wrap=True
-        )
-    return 0
 
 
 def configured(preset: str, arguments: Sequence[str]) -> Config:

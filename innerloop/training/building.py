@@ -20,6 +20,7 @@ from innerloop.data import (
 )
 from innerloop.learner import MetaLearner
 from innerloop.training.config import Config, ConfigError, DataConfig
+from innerloop.training.distributed import ALONE, DistributedWorkers, Ranks
 from innerloop.training.memory import keep_freed_memory
 from innerloop.training.workers import Workers, available_cores
 
@@ -27,8 +28,8 @@ from innerloop.training.workers import Workers, available_cores
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def build_device(config: Config) -> torch.device:
-    """The device a config names, found to be there.
+def build_device(config: Config, ranks: Ranks = ALONE) -> torch.device:
+    """The device a config names, found to be there; each rank's own GPU where there are several on a machine.
 
     Raises:
         ConfigError: it is not.
@@ -38,6 +39,13 @@ def build_device(config: Config) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and ranks.local_size > 1:
+            if device.index is not None:
+                raise ConfigError(
+                    f"--device {name} is one GPU, and each of {ranks.local_size} ranks takes its own: --device cuda"
+                )
+            device = torch.device(name := f"cuda:{ranks.local_rank}")
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
@@ -134,15 +142,21 @@ def _images(data: DataConfig, preprocessing: Preprocessing, seed: int, progress:
     )
 
 
-def build_workers(config: Config, learner: MetaLearner, source: TaskSource, device: torch.device) -> Workers:
-    """The processes that share the work, each with its threads.
+def build_workers(
+    config: Config, learner: MetaLearner, source: TaskSource, device: torch.device, ranks: Ranks = ALONE
+) -> Workers:
+    """The processes that share the work, each with its threads: workers of this one, or the ranks.
 
     Raises:
-        ConfigError: several processes are asked for on a GPU.
+        ConfigError: several processes are asked for on a GPU or for each rank.
     """
-    cores = available_cores()
+    cores = max(1, available_cores() // ranks.local_size)
     processes = config.compute.processes
-    if device.type != "cpu":
+    if ranks.group is not None:
+        if processes > 1:
+            raise ConfigError(f"--processes {processes}: each of several ranks is one process; take --processes 1")
+        processes = 1
+    elif device.type != "cpu":
         if processes > 1:
             raise ConfigError(f"--processes {processes} is for the CPU, and this run is on {device}")
         processes = 1
@@ -154,6 +168,8 @@ def build_workers(config: Config, learner: MetaLearner, source: TaskSource, devi
         torch.set_num_threads(threads)
         keep_freed_memory()
     capture = device.type == "cuda" and config.compute.cuda_graph and learner.vmapped
+    if ranks.group is not None:
+        return DistributedWorkers(learner, source, ranks, capture=capture)
     return Workers(learner, source, processes, threads, capture=capture)
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from innerloop.learner import MetaLearner, NonFiniteLossError
 from innerloop.training.building import build_device, build_learner, build_tasks, build_workers
 from innerloop.training.checkpoints import load_checkpoint, save_checkpoint, write_json
 from innerloop.training.config import Config
+from innerloop.training.distributed import ALONE, Ranks
 from innerloop.training.environment import environment
 from innerloop.training.evaluation import Evaluation, TestResult, evaluate, evaluate_checkpoints, score
 from innerloop.training.progress import Progress
@@ -73,27 +75,31 @@ class FinishedRun(NamedTuple):
     learner: MetaLearner
 
 
-def train(folder: RunFolder, preset: str, config: Config, progress: Progress, command: str = "") -> FinishedRun:
+def train(
+    folder: RunFolder, preset: str, config: Config, progress: Progress, command: str = "", ranks: Ranks = ALONE
+) -> FinishedRun:
     """Train, or go on training, the run in ``folder``, and test it.
 
-    A new run's folder is made once its data and model have been found good.
+    A new run's folder is made once its data and model have been found good. Of several ranks, all of which call this,
+    only the main one reads and writes the folder.
 
     Raises:
         DivergedError: a loss or the meta-gradient became NaN or infinite; the last good checkpoint is kept.
-        InterruptedRunError: SIGINT or SIGTERM came; the state is saved.
+        InterruptedRunError: SIGINT or SIGTERM came, to whichever rank; the state is saved.
+        WorkerError: a worker process or a rank is gone.
     """
-    device = build_device(config)
-    source = build_tasks(config, device, progress=progress.shown)
+    device = build_device(config, ranks)
+    with ranks.first_on_each_machine():
+        source = build_tasks(config, device, progress=progress.shown)
     learner = build_learner(config, device)
     optimizer = torch.optim.Adam(learner.parameters(), lr=config.outer.outer_lr)
-    if not folder.created:
-        folder.create(preset, config)
+    ranks.shared(lambda: None if folder.created else folder.create(preset, config))
     progress.console.print(f"run folder: {folder.path}", highlight=False, soft_wrap=True)
-    with _signals_noted() as caught, build_workers(config, learner, source, device) as workers:
+    with _signals_noted() as caught, build_workers(config, learner, source, device, ranks) as workers:
         measured_on = environment(device, workers.count)
-        training = _Training(folder, config, workers, optimizer, progress, caught)
-        if folder.latest.exists():
-            training.load(device)
+        training = _Training(folder, config, workers, optimizer, progress, caught, ranks)
+        if ranks.shared(folder.latest.exists):
+            training.load()
         while training.done.epoch < config.outer.epochs:
             training.run_epoch()
             training.finish_epoch()
@@ -113,8 +119,9 @@ def train(folder: RunFolder, preset: str, config: Config, progress: Progress, co
         "test": result.to_json(),
         "environment": measured_on,
     }
-    write_json(folder.summary, summary)
-    learner.load_state_dict(next(best_checkpoints(folder, best)))
+    if ranks.main:
+        write_json(folder.summary, summary)
+    learner.load_state_dict(next(best_checkpoints(folder, best, ranks)))
     return FinishedRun(summary, source, learner)
 
 
@@ -129,6 +136,7 @@ class _Training:
     progress: Progress
     caught: list[int]
     """Signals that ask the run to stop."""
+    ranks: Ranks
     done: Progression = field(default_factory=Progression)
 
     @property
@@ -147,11 +155,12 @@ class _Training:
                 sums.seconds += elapsed
                 done.seconds += elapsed
                 bar.advance(1, self._status())
-                if self.caught or time.monotonic() - last_save > SAVE_EVERY_SECONDS:
+                stop = self.ranks.agreed(self.caught)
+                if stop or time.monotonic() - last_save > SAVE_EVERY_SECONDS:
                     self.save()
                     last_save = time.monotonic()
-                if self.caught:
-                    raise InterruptedRunError(self.caught[0])
+                if stop:
+                    raise InterruptedRunError(stop)
 
     def _outer_update(self, iteration: int) -> None:
         """One meta-batch: its meta-gradient, and a step of the outer optimiser."""
@@ -189,6 +198,8 @@ class _Training:
         value = value if math.isfinite(value) else -math.inf
         ranked = sorted([*done.best, (value, done.epoch)], key=lambda b: (-b[0], -b[1]))
         done.best, dropped = ranked[:members], ranked[members:]
+        if not self.ranks.main:
+            return
         if (value, done.epoch) in done.best:
             state = {"epoch": done.epoch, "val": value}
             save_checkpoint(folder.epoch_checkpoint(done.epoch), self.learner.state_dict(), state)
@@ -204,9 +215,9 @@ class _Training:
 
             def tick(done: int) -> None:
                 bar.advance(done)
-                if self.caught:
+                if stop := self.ranks.agreed(self.caught):
                     self.save()
-                    raise InterruptedRunError(self.caught[0])
+                    raise InterruptedRunError(stop)
 
             steps, regression = self.config.test_steps, self.config.regression
             return evaluate(
@@ -220,11 +231,11 @@ class _Training:
 
             def tick(done: int) -> None:
                 bar.advance(done)
-                if self.caught:
-                    raise InterruptedRunError(self.caught[0])
+                if stop := self.ranks.agreed(self.caught):
+                    raise InterruptedRunError(stop)
 
             steps, regression = self.config.test_steps, self.config.regression
-            checkpoints = best_checkpoints(self.folder, epochs)
+            checkpoints = best_checkpoints(self.folder, epochs, self.ranks)
             return evaluate_checkpoints(
                 self.workers, checkpoints, "test", tasks, steps=steps, regression=regression, tick=tick
             )
@@ -272,6 +283,8 @@ class _Training:
 
     def save(self) -> None:
         """Write the latest checkpoint: weights, optimiser, generators, and how far training is."""
+        if not self.ranks.main:
+            return
         tensors = {f"learner/{name}": t for name, t in self.learner.state_dict().items()}
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{slot}": t for slot, t in slots.items()}
@@ -280,9 +293,9 @@ class _Training:
             tensors["random/cuda"] = torch.cuda.get_rng_state()
         save_checkpoint(self.folder.latest, tensors, asdict(self.done))
 
-    def load(self, device: torch.device) -> None:
+    def load(self) -> None:
         """Take over the latest checkpoint."""
-        tensors, state = load_checkpoint(self.folder.latest, device)
+        tensors, state = self.ranks.shared(lambda: load_checkpoint(self.folder.latest))
         learned = {n.removeprefix("learner/"): t for n, t in tensors.items() if n.startswith("learner/")}
         self.learner.load_state_dict(learned)
         slots: dict[int, Tensors] = {}
@@ -297,7 +310,8 @@ class _Training:
             torch.cuda.set_rng_state(tensors["random/cuda"].cpu())
         best = [(value, epoch) for value, epoch in state["best"]]
         self.done = Progression(state["epoch"], state["seconds"], EpochSums(**state["sums"]), best)
-        self.folder.keep_metrics_until(self.done.epoch)
+        if self.ranks.main:
+            self.folder.keep_metrics_until(self.done.epoch)
 
 
 def inner_rates(learner: MetaLearner) -> dict[str, list[float]]:
@@ -317,10 +331,10 @@ def outer_rate(config: Config, iteration: int) -> float:
     return schedules.cosine_rate(iteration / outer.iterations, outer.epochs, outer.outer_lr, outer.outer_lr_min)
 
 
-def best_checkpoints(folder: RunFolder, epochs: list[int]) -> Iterator[Tensors]:
-    """The learner states kept of these epochs."""
+def best_checkpoints(folder: RunFolder, epochs: list[int], ranks: Ranks = ALONE) -> Iterator[Tensors]:
+    """The learner states kept of these epochs, read by the main rank."""
     for epoch in epochs:
-        yield load_checkpoint(folder.epoch_checkpoint(epoch))[0]
+        yield ranks.shared(partial(load_checkpoint, folder.epoch_checkpoint(epoch)))[0]
 
 
 def best_epochs(folder: RunFolder) -> list[int]:

@@ -199,7 +199,7 @@ class Workers:
                 own = last.answer(self._gradients, self.source)
             else:
                 own = last.answer(self.learner, self.source)
-            answers = [_received(connection.recv()) for connection, _ in asked]
+            answers = [received(connection.recv()) for connection, _ in asked]
         except (EOFError, BrokenPipeError, ConnectionResetError):
             codes = [p.exitcode for p in self._processes]
             raise WorkerError(
@@ -220,7 +220,7 @@ def _work(connection: Connection, learner: MetaLearner, source: TaskSource, thre
         except (EOFError, ConnectionResetError):
             return
         try:
-            answer = pytree.tree_map(_sendable, request.answer(learner, source))
+            answer = pytree.tree_map(sendable, request.answer(learner, source))
         except Exception as error:
             answer = error
         try:
@@ -229,12 +229,14 @@ def _work(connection: Connection, learner: MetaLearner, source: TaskSource, thre
             return
 
 
-def _sendable(leaf: Any) -> Any:
-    # As an array: a tensor would go through a shared memory file of its own.
-    return leaf.detach().numpy() if isinstance(leaf, Tensor) else leaf
+def sendable(leaf: Any) -> Any:
+    """A tensor as an array, anything else as it is."""
+    # A tensor would go through a shared memory file of its own, or a slow pickle.
+    return leaf.detach().cpu().numpy() if isinstance(leaf, Tensor) else leaf
 
 
-def _received(answer: Any) -> Any:
+def received(answer: Any) -> Any:
+    """A nest of what ``sendable`` gave, with tensors again; an exception is raised."""
     if isinstance(answer, Exception):
         raise answer
     return pytree.tree_map(lambda leaf: torch.from_numpy(leaf) if hasattr(leaf, "__array__") else leaf, answer)
