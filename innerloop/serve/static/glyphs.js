@@ -31,7 +31,7 @@ export function drawGlyph(name) {
   const [cos, sin] = [Math.cos(turn), Math.sin(turn)];
   const place = ([px, py]) => {
     const [x, y] = [(px - 0.5) * wide, (py - 0.5) * high];
-    return [0.5 + dx + x * cos - y * sin + chance(0.006), 0.5 + dy + x * sin + y * cos + chance(0.006)];
+    return [0.5 + dx + x * cos - y * sin + chance(0.002), 0.5 + dy + x * sin + y * cos + chance(0.002)];
   };
   return GLYPHS[name]().map((stroke) => finer(stroke).map(place));
 }

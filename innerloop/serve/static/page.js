@@ -23,8 +23,9 @@ let demonstration = 0; // counts up; a demonstration ends when it is no longer t
 const asking = { timer: 0, abort: null };
 
 const percent = (share) => {
-  if (share > 0.99 && share < 0.9995) return `${(share * 100).toFixed(1)}%`;
-  return `${Math.round(share * 100)}%`;
+  const whole = Math.round(share * 100);
+  if (whole === 100 && share < 1) return ">99%";
+  return whole === 0 && share > 0 ? "<1%" : `${whole}%`;
 };
 const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
@@ -129,7 +130,7 @@ function showClass(one, index) {
   of(".remove").disabled = classes.length <= 2;
   of(".undo").disabled = of(".clear").disabled = one.pad.empty;
   const count = one.examples.length;
-  of(".count").textContent = count ? plural(count, "example") : "No example yet: draw one and add it, or drop image files here.";
+  of(".count").textContent = count ? "" : "No example yet: draw one and add it, or drop image files here.";
   const list = of(".thumbnails");
   if (list.childElementCount !== count || list.dataset.of !== name || list.dataset.last !== one.examples.at(-1)) {
     list.dataset.of = name;
@@ -302,10 +303,11 @@ function showAdaptation() {
   const lacking = missing();
   $("adapt-status").textContent =
     !adapting && (!adapted || changed) && lacking ? lacking.text
-    : adapted && !changed ? `${percent(adapted.support_accuracies.at(-1))} of your examples are told right after ${plural(adapted.steps, "step")}; before, ${percent(adapted.support_accuracies[0])}.`
+    : adapted && !changed ? `${percent(adapted.support_accuracies.at(-1))} of your examples are recognised after ${plural(adapted.steps, "step")}; ${percent(adapted.support_accuracies[0])} before.`
     : "";
   $("loss").hidden = !adapted;
-  $("notes").replaceChildren(...(adapted?.notes ?? []).map((note) => {
+  $("notes").hidden = !adapted?.notes.length;
+  $("notes").querySelector("ul").replaceChildren(...(adapted?.notes ?? []).map((note) => {
     const item = document.createElement("li");
     item.textContent = note;
     return item;
