@@ -7,7 +7,7 @@ import io
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 from torch import Tensor
 
@@ -106,11 +107,16 @@ def trained() -> FakeTrained:
     return FakeTrained()
 
 
-@contextmanager
-def serving(trained: FakeTrained, limits: Limits) -> Iterator[httpx.Client]:
-    """A client of a real server, which runs in a thread at a free port."""
+def serving(trained: FakeTrained, limits: Limits) -> AbstractContextManager[httpx.Client]:
+    """A client of a real server of a stand-in."""
     untyped: Any = trained
-    config = uvicorn.Config(create_app(untyped, limits), port=0, log_level="critical", lifespan="off")
+    return serving_app(create_app(untyped, limits))
+
+
+@contextmanager
+def serving_app(app: FastAPI) -> Iterator[httpx.Client]:
+    """A client of a real server, which runs in a thread at a free port."""
+    config = uvicorn.Config(app, port=0, log_level="critical", lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
