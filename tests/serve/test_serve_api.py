@@ -10,8 +10,8 @@ import zlib
 from typing import Any
 
 import pytest
-from conftest import STEPS, FakeTrained, png, serving, text
 from httpx import Client, Response
+from stand_in import STEPS, FakeTrained, png, serving, text
 
 from innerloop.serve import Limits
 from innerloop.serve.kept import Kept

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import STEPS, FakeTrained, png, serving
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
+from stand_in import STEPS, FakeTrained, png, serving
 
 from innerloop.serve import Limits
 
