@@ -280,11 +280,11 @@ function guide() {
   if (adapting) return "Adapting to your examples…";
   if (!adapted || changed) {
     const lacking = missing();
-    if (lacking) return `Step 1: give each class an example. Draw in its box and press “Add drawing”, or drop image files on it.`;
+    if (lacking) return "Step 1: draw an example of each class in its box and press “Add drawing”, or give it image files.";
     return adapted ? "Step 2: the examples have changed. Press “Adapt” to learn them." : "Step 2: press “Adapt” to learn these classes.";
   }
-  if (!prediction) return "Step 3: draw something in the box under “Ask”, and see which class it is taken for.";
-  return "Drag the slider to see how the answer formed, step by step. Or clear the box and ask again.";
+  if (!prediction) return "Step 3: draw in the box under “Ask”, and see which class it is taken for.";
+  return "Drag the slider to watch the answer form. Or clear the box and ask again.";
 }
 
 function update() {
