@@ -22,6 +22,7 @@ from innerloop.serve import Limits
 
 Stroke = Sequence[tuple[float, float]]
 CROSS: list[Stroke] = [[(0.15, 0.15), (0.85, 0.85)], [(0.85, 0.15), (0.15, 0.85)]]
+SMALL: list[Stroke] = [[(0.05 + x / 5, 0.05 + y / 5) for x, y in stroke] for stroke in CROSS]
 BOX: list[Stroke] = [[(0.15, 0.15), (0.85, 0.15), (0.85, 0.85), (0.15, 0.85), (0.15, 0.15)]]
 
 DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 900}}
@@ -156,12 +157,17 @@ def test_draw_adapt_ask_and_watch(visitor: Visitor) -> None:
     expect(page.locator("#loss-chart")).to_have_attribute("aria-label", re.compile("1.00, 0.50, 0.33, 0.25"))
 
     with page.expect_request("**/api/predict/*") as asked:
-        visitor.ask(CROSS[:1])
+        visitor.ask(SMALL[:1])
     url = json.loads(asked.value.post_data or "")["images"][0]
     sent = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("L"))
     assert sent[0, 0] == 255  # white paper
     assert sent.min() < 40  # dark ink
     assert sent.mean() > 200
+    # Drawn small in a corner, and sent centred and large.
+    for axis in (0, 1):
+        (inked,) = (sent < 128).any(axis).nonzero()
+        assert inked[0] + inked[-1] == pytest.approx(223, abs=4)
+        assert inked[-1] - inked[0] == pytest.approx(0.75 * 224, abs=6)
 
     expect(visitor.answer).to_contain_text("The network says cross")
     expect(guide).to_contain_text("slider")

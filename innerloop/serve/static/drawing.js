@@ -5,6 +5,11 @@ const INK = "#111";
 const PEN = 0.05;
 // Of the pictures that are sent, in pixels.
 const SENT = 224;
+// Drawings are sent at one size and place, as the model has seen them, however small and wherever they were drawn. Of
+// the picture's width, from the middle of the pen to the middle of the pen.
+const FILL = 0.7;
+// A dot is not blown up to fill the picture.
+const MOST_ENLARGED = 5;
 
 export class Pad {
   /**
@@ -53,12 +58,12 @@ export class Pad {
     this.#update();
   }
 
-  /** The drawing as the data: URL of a PNG, dark on white; a picture as it was read. */
+  /** The drawing as the data: URL of a PNG, dark on white, centred and enlarged; a picture as it was read. */
   url() {
     if (this.picture) return this.picture.url;
     const canvas = document.createElement("canvas");
     canvas.width = canvas.height = SENT;
-    this.#draw(canvas.getContext("2d"), SENT);
+    drawStrokes(canvas.getContext("2d"), SENT, centred(this.strokes));
     return canvas.toDataURL("image/png");
   }
 
@@ -70,23 +75,12 @@ export class Pad {
   }
 
   #draw(context, size) {
-    context.fillStyle = "#fff";
-    context.fillRect(0, 0, size, size);
+    drawStrokes(context, size, this.strokes);
     if (this.picture) {
       const { bitmap } = this.picture;
       const scale = size / Math.max(bitmap.width, bitmap.height);
       const [width, height] = [bitmap.width * scale, bitmap.height * scale];
       context.drawImage(bitmap, (size - width) / 2, (size - height) / 2, width, height);
-    }
-    context.strokeStyle = INK;
-    context.lineWidth = PEN * size;
-    context.lineCap = context.lineJoin = "round";
-    for (const points of this.strokes) {
-      context.beginPath();
-      context.moveTo(points[0][0] * size, points[0][1] * size);
-      // A tap is a dot: a line of no length has round ends.
-      for (const [x, y] of points.length > 1 ? points.slice(1) : points) context.lineTo(x * size, y * size);
-      context.stroke();
     }
   }
 
@@ -122,4 +116,30 @@ export class Pad {
     this.paint();
     this.changed();
   }
+}
+
+/** Strokes in dark ink on white paper. */
+function drawStrokes(context, size, strokes) {
+  context.fillStyle = "#fff";
+  context.fillRect(0, 0, size, size);
+  context.strokeStyle = INK;
+  context.lineWidth = PEN * size;
+  context.lineCap = context.lineJoin = "round";
+  for (const points of strokes) {
+    context.beginPath();
+    context.moveTo(points[0][0] * size, points[0][1] * size);
+    // A tap is a dot: a line of no length has round ends.
+    for (const [x, y] of points.length > 1 ? points.slice(1) : points) context.lineTo(x * size, y * size);
+    context.stroke();
+  }
+}
+
+/** The same strokes in the middle of the paper, the longer side of their box as long as FILL. */
+function centred(strokes) {
+  const [xs, ys] = [0, 1].map((axis) => strokes.flat().map((point) => point[axis]));
+  const [left, right, top, bottom] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
+  const scale = Math.min(MOST_ENLARGED, FILL / Math.max(right - left, bottom - top));
+  return strokes.map((points) =>
+    points.map(([x, y]) => [0.5 + (x - (left + right) / 2) * scale, 0.5 + (y - (top + bottom) / 2) * scale]),
+  );
 }
