@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -251,7 +252,7 @@ def _class_name(name: str, limits: Limits) -> str:
         raise RefusedError(422, "A class has no name; every class needs one.")
     if len(name) > limits.name_length:
         raise RefusedError(422, f"The class name {name[:20]!r}... is longer than {limits.name_length} characters.")
-    if not name.isprintable():
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
         raise RefusedError(422, f"The class name {name!r} has characters that cannot be shown.")
     return name
 

@@ -72,6 +72,12 @@ def test_adapt_and_predict_with_files(client: Client) -> None:
     assert answer["predictions"][0]["answer"] == "nuit étoilée"
 
 
+def test_names_in_any_script(client: Client) -> None:
+    names = ["👩\u200d🚀", "हिन्दी", "__proto__"]  # the first is of three code points, one of them invisible
+    adapted = adapt(client, **dict.fromkeys(names, BLACK))
+    assert adapted["classes"] == names
+
+
 def test_a_data_url_is_base64_too(client: Client) -> None:
     adapted = adapt(client, night=BLACK, day=WHITE)
     url = "data:image/png;base64," + text(WHITE)

@@ -187,16 +187,23 @@ async function learn() {
   }
   // A drawing that was not added was meant.
   for (const one of classes) if (!one.pad.empty) takeDrawing(one);
+  const examples = classes.map((one) => [one.name.trim(), one.examples]);
+  if (examples.flat(2).join().length > 0.98 * served.limits.upload_bytes) {
+    throw new Problem("The examples are too many or too large to be sent at once; delete some.");
+  }
   stopPlaying();
   adapting = true;
+  changed = false; // unless they change meanwhile
   update();
   try {
     const before = adapted;
-    adapted = await adapt(classes.map((one) => [one.name.trim(), one.examples]));
+    adapted = await adapt(examples);
     if (before) forget(before.id);
-    changed = false;
     prediction = null;
     step = adapted.steps;
+  } catch (error) {
+    changed = true;
+    throw error;
   } finally {
     adapting = false;
     update();
@@ -230,7 +237,8 @@ async function answer() {
     prediction = said.predictions[0];
     hideProblem();
   } catch (error) {
-    if (error.status === 404 && adapted?.id === id) adapted = prediction = null;
+    if (adapted?.id !== id) return; // another was learned meanwhile
+    if (error.status === 404) adapted = prediction = null;
     throw error;
   } finally {
     update();
@@ -298,7 +306,7 @@ function update() {
 
 function showAdaptation() {
   const button = $("adapt-button");
-  button.disabled = adapting;
+  button.disabled = $("demo").disabled = $("start-over").disabled = adapting;
   button.textContent = adapting ? "Adapting…" : adapted ? "Adapt again" : "Adapt";
   const lacking = missing();
   $("adapt-status").textContent =
@@ -428,7 +436,12 @@ async function demonstrate() {
 // Start
 
 async function start() {
-  served = await info();
+  try {
+    served = await info();
+  } catch (error) {
+    $("guide").textContent = "This page could not ask the server what it serves. Load it again.";
+    throw error;
+  }
   const { model } = served;
   $("model").textContent = `The network was meta-trained on ${model.dataset}, ${model.ways}-way ${model.shots}-shot, and sees pictures of ${model.image_size} × ${model.image_size} pixels.`;
   addClass();
