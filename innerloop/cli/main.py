@@ -23,12 +23,13 @@ innerloop: MAML and MAML++ for any PyTorch model.
   innerloop predict MODEL IMAGES...     what images are, by such a classifier
   innerloop export MODEL --out FILE     the classifier for other programs: ONNX, TorchScript, torch.export
   innerloop bench [CASE...] [options]   time and memory of a meta-training step, beside other libraries
+  innerloop serve [RUN] [options]       a page to draw a few examples on and watch the network learn them
 
   innerloop COMMAND --help: every option with its default
   innerloop --version
 """
 
-COMMANDS = ("train", "evaluate", "ablate", "presets", "adapt", "predict", "export", "bench")
+COMMANDS = ("train", "evaluate", "ablate", "presets", "adapt", "predict", "export", "bench", "serve")
 """Each a module of this package with a function ``run(arguments)`` that returns the exit code."""
 
 # Exit codes, as said in the README: 2 is also what the argument parser itself exits with.
