@@ -15,7 +15,7 @@ from rich.console import Console
 from innerloop.data._random import check_whole, shuffled
 from innerloop.data.cache import Cache
 from innerloop.data.classes import SPLITS, ClassImages, ImageDataset, Split
-from innerloop.data.images import ImageSource, check_folder, image_files, read_images, subfolders, visible
+from innerloop.data.images import Fit, ImageSource, check_folder, image_files, read_images, subfolders, visible
 
 _EXPECTED = "a folder of class folders, or train, val and test folders of class folders"
 _LOOKED_AT = 500  # images whose width and height are read for the summary
@@ -111,6 +111,7 @@ def image_folder(
     ratios: tuple[float, float, float] = (0.6, 0.2, 0.2),
     at_least: int = 1,
     seed: int = 0,
+    fit: Fit = "crop",
     invert: bool = False,
     skip_broken: bool = False,
     cache: Cache = True,
@@ -132,6 +133,7 @@ def image_folder(
             class.
         at_least: images that a class needs: a task's shots and queries.
         seed: decides which classes go to which split.
+        fit: what happens to images that are not square; see :func:`innerloop.data.images.decode_image`.
         invert: turn dark ink on bright paper into bright ink on dark.
         skip_broken: leave out images that cannot be decoded, with a logged warning, instead of raising.
         cache: keep the decoded images: ``True``, ``False`` or a folder.
@@ -168,7 +170,7 @@ def image_folder(
         },
         size=size,
         channels=channels,
-        fit="crop",
+        fit=fit,
         invert=invert,
         skip_broken=skip_broken,
         cache=cache,

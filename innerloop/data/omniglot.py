@@ -17,6 +17,7 @@ from innerloop.data.classes import ImageDataset, Split
 from innerloop.data.download import download as fetch
 from innerloop.data.images import (
     IMAGE_SUFFIXES,
+    Fit,
     ImageSource,
     check_folder,
     image_files,
@@ -44,6 +45,7 @@ def omniglot(
     split: Literal["paper", "background"] = "paper",
     seed: int = 0,
     download: bool = False,
+    fit: Fit = "stretch",
     skip_broken: bool = False,
     cache: Cache = True,
     progress: bool = False,
@@ -61,6 +63,7 @@ def omniglot(
             characters validate.
         seed: decides the shuffle of ``"paper"``, or which 50 characters validate.
         download: fetch the archives (14 MB) into ``root`` if they are not there.
+        fit: see :func:`innerloop.data.images.decode_image`.
         skip_broken: leave out drawings that cannot be decoded, with a logged warning, instead of raising.
         cache: keep the decoded images: ``True``, ``False`` or a folder.
         progress: show progress bars with the time left.
@@ -92,6 +95,7 @@ def omniglot(
         size=size,
         channels=1,
         invert=True,
+        fit=fit,
         skip_broken=skip_broken,
         cache=cache,
         progress=progress,

@@ -18,10 +18,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from innerloop.data._progress import progress_bar
 from innerloop.data._random import check_whole, raw_words, uniform
 from innerloop.data.classes import SPLITS, ClassImages, ImageDataset, Split
+from innerloop.data.images import Fit, prepare_image
 
 DEFAULT_CLASSES: Mapping[Split, int] = {"train": 1000, "val": 100, "test": 400}
 
@@ -66,6 +68,7 @@ def strokes(
     drawers: int = 20,
     size: int = 28,
     seed: int = 0,
+    fit: Fit = "stretch",
     progress: bool = False,
 ) -> ImageDataset:
     """Made-up handwritten characters, each drawn by several drawers.
@@ -79,6 +82,7 @@ def strokes(
         drawers: drawings of each character.
         size: height and width in pixels.
         seed: which endless alphabet.
+        fit: ``"ink"``: as :func:`innerloop.data.images.centred_ink` has it; otherwise as they were drawn.
         progress: show a progress bar with the time left.
 
     Returns:
@@ -103,7 +107,7 @@ def strokes(
             for first in range(0, count, _CLASSES_AT_ONCE):
                 numbers = range(first, min(first + _CLASSES_AT_ONCE, count))
                 points, pens = _draw(numbers, split, drawers, seed)
-                drawn = _render(points, pens, size)
+                drawn = _render(points, pens, size) if fit != "ink" else _render_centred(points, pens, size)
                 images[first : numbers.stop] = drawn.reshape(len(numbers), drawers, 1, size, size)
                 bar.advance(job, len(numbers))
             dataset[split] = ClassImages(
@@ -278,6 +282,12 @@ def _render(points: Array, pens: Array, size: int) -> NDArray[np.uint8]:
     ink = rows.reshape(n, size, size, SUPERSAMPLING).sum(axis=3, dtype=np.int64)
     grey: NDArray[np.uint8] = (ink * 255 // SUPERSAMPLING**2).astype(np.uint8)
     return grey
+
+
+def _render_centred(points: Array, pens: Array, size: int) -> NDArray[np.uint8]:
+    """The same, cut to the ink. Drawn at twice the size, since what is small on the page is made larger."""
+    pages = (Image.fromarray(page) for page in _render(points, pens, 2 * size))
+    return np.stack([prepare_image(page, size=size, channels=1, fit="ink", invert=False)[0] for page in pages])
 
 
 def _steps(size: int) -> int:

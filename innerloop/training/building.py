@@ -96,7 +96,7 @@ def build_preprocessing(config: Config) -> Preprocessing:
     return Preprocessing(
         size=data.image_size,
         channels=data.channels,
-        fit="crop" if data.dataset == "folder" else "stretch",
+        fit="ink" if data.centre else "crop" if data.dataset == "folder" else "stretch",
         invert=bright and data.dataset != "strokes",
         mean=_IMAGENET_MEAN if colour else None,
         std=_IMAGENET_STD if colour else None,
@@ -108,7 +108,7 @@ def _images(data: DataConfig, preprocessing: Preprocessing, seed: int, progress:
     size = preprocessing.size
     if data.dataset == "strokes":
         classes = {"train": data.train_classes, "val": 100, "test": 400}
-        return strokes(classes, size=size, seed=seed, progress=progress)  # type: ignore[arg-type]
+        return strokes(classes, size=size, seed=seed, fit=preprocessing.fit, progress=progress)  # type: ignore[arg-type]
     if data.dataset == "omniglot":
         return omniglot(
             data.data,
@@ -116,6 +116,7 @@ def _images(data: DataConfig, preprocessing: Preprocessing, seed: int, progress:
             split=data.split,
             seed=seed,
             download=data.download,
+            fit=preprocessing.fit,
             skip_broken=data.skip_broken,
             progress=progress,
         )
@@ -135,6 +136,7 @@ def _images(data: DataConfig, preprocessing: Preprocessing, seed: int, progress:
         channels=preprocessing.channels,
         ratios=data.ratios,
         at_least=data.shots + data.queries,
+        fit=preprocessing.fit,
         invert=preprocessing.invert,
         seed=seed,
         skip_broken=data.skip_broken,

@@ -55,6 +55,8 @@ class DataConfig:
     """Shares of a folder's classes for training, validation and test, where it has no train, val and test folders."""
     invert: bool = False
     """A folder's images are dark ink on a light page: turn them over, so that ink is bright."""
+    centre: bool = False
+    """Drawings are cut to their ink and laid in the middle at one size, wherever and however large they were drawn."""
     splits_dir: Path | None = None
     """Folder of mini-ImageNet's train.csv, val.csv and test.csv, where they do not lie with the images."""
     skip_broken: bool = False
@@ -204,6 +206,8 @@ def config_from_json(values: dict[str, Any]) -> Config:
         raise ConfigError(f"--dataset {config.data.dataset} has grey images: --channels 1, not {config.data.channels}")
     if config.data.dataset == "mini-imagenet" and config.data.channels != 3:
         raise ConfigError("--dataset mini-imagenet has colour images: --channels 3, not 1")
+    if config.data.centre and config.data.dataset in ("mini-imagenet", "sinusoid"):
+        raise ConfigError(f"--centre is for drawings, and --dataset {config.data.dataset} has none")
     return config
 
 
@@ -267,7 +271,7 @@ PRESETS: dict[str, Preset] = {
     "strokes": Preset(
         about="the checkpoint that ships: MAML++ with a head of zeros on embedded strokes, 20-way 1-shot",
         method_settings={"msl_epochs": 2, "da_epochs": 15, "zero_init": ("head.*",)},
-        data={"ways": 20, "rotations": True, "train_classes": 2000},
+        data={"ways": 20, "rotations": True, "train_classes": 2000, "centre": True},
         network={"filters": 32},
         outer={"meta_batch": 2, "epochs": 20, "iterations": 60, "outer_lr": 2e-3},
         evaluation={"val_tasks": 30, "test_tasks": 200},

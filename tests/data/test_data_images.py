@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from innerloop.data import BrokenImagesError, image_folder
-from innerloop.data.images import class_folders, decode_image, read_images
+from innerloop.data.images import class_folders, decode_image, prepare_image, read_images
 
 
 def as_bytes(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -208,3 +208,30 @@ def test_progress_bar_is_for_terminals(root, capsys, monkeypatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # how rich is told that it writes to a terminal
     read_images("mine", class_folders(root), size=8, channels=1, cache=False, progress=True)
     assert "Reading mine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dark", [True, False])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_drawing_is_the_same_wherever_and_however_large_it_was_drawn(dark: bool, mode: str) -> None:
+    """A frame of 3:2, drawn twice at different places and sizes on pages of different shapes."""
+    page, ink = (255, 0) if dark else (0, 255)
+    drawn = []
+    for width, height, scale, left, top in ((300, 320, 4, 5, 180), (600, 400, 8, 200, 60)):
+        pixels = np.full((height, width), page, dtype=np.uint8)
+        pixels[top : top + 20 * scale, left : left + 30 * scale] = ink
+        pixels[top + 5 * scale : top + 15 * scale, left + 5 * scale : left + 25 * scale] = page
+        image = Image.fromarray(pixels).convert(mode)
+        drawn.append(prepare_image(image, size=40, channels=1 if mode == "L" else 3, fit="ink", invert=False))
+    first, second = (d.astype(int) for d in drawn)
+    assert abs(first - second).mean() < 4
+    is_ink = (abs(second[0] - page) > 128).nonzero()
+    rows, columns = is_ink[0], is_ink[1]
+    assert 30 <= columns.max() - columns.min() + 1 <= 34  # 0.8 of 40
+    assert abs((columns.max() + columns.min()) / 2 - 19.5) <= 1
+    assert abs((rows.max() + rows.min()) / 2 - 19.5) <= 1
+    assert 19 <= rows.max() - rows.min() + 1 <= 23  # two thirds of that: not stretched
+
+
+def test_a_page_without_ink_stays_as_it_is() -> None:
+    image = Image.new("L", (30, 20), 250)
+    assert (prepare_image(image, size=10, channels=1, fit="ink", invert=False) == 250).all()
