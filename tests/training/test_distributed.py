@@ -60,6 +60,7 @@ class Processes:
 
     def __init__(self, size: int, function: Callable[..., Any], *arguments: Any) -> None:
         port = free_port()
+        self.function = function
         self.processes, self.connections = [], []
         for rank in range(size):
             here, there = _FORKS.Pipe(duplex=False)
@@ -85,12 +86,15 @@ class Processes:
 
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
+            if self.function is torchrun:  # it has processes of its own to stop
+                process.terminate()
+                process.join(40)
             process.kill()
             process.join(10)
 
     def result(self, rank: int) -> Any:
         """What the rank's function returned, or the exception that it raised."""
-        if not self.connections[rank].poll(100):
+        if not self.connections[rank].poll(300):
             raise TimeoutError(f"rank {rank} does not end")
         try:
             return self.connections[rank].recv()
