@@ -29,6 +29,7 @@ from innerloop.classify import MetaTrained
 from innerloop.data.omniglot import evaluation_characters
 from innerloop.training.building import build_tasks
 from innerloop.training.checkpoints import write_json
+from innerloop.training.config import ConfigError
 from innerloop.training.environment import environment
 from innerloop.training.evaluation import Score, confidence_interval, score
 from innerloop.training.progress import Progress
@@ -163,6 +164,10 @@ def main() -> None:
     trained = innerloop.load(chosen.run)
     classes = characters(trained, chosen.data)
     ways, shots = chosen.ways, chosen.shots
+    try:
+        trained.learner(ways)
+    except ConfigError as error:
+        raise SystemExit(str(error)) from None
     progress = Progress()
     with progress.task("a stranger's folders", chosen.draws) as bar:
         accuracies, estimated, covered = stranger_accuracies(

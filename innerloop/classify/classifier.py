@@ -64,7 +64,7 @@ class Unreadable(NamedTuple):
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Classifier:
     """A network adapted to a support set, with all that it takes to use it on images.
 

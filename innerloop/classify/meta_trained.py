@@ -69,7 +69,7 @@ def load(run: str | os.PathLike[str] | None = None) -> MetaTrained:
     return MetaTrained(folder.path, preset, config, state, header["epoch"])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MetaTrained:
     """A meta-trained network and how it is adapted. ``innerloop.load`` reads one from its run.
 
@@ -228,7 +228,7 @@ class DivergedError(ValueError):
     """Fast weights became NaN or infinite."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adaptation:
     """An inner loop from the meta-trained network to a person's classifier, step by step.
 

@@ -28,7 +28,7 @@ SupportSource = str | os.PathLike[str] | Mapping[str, Iterable[ImageLike]]
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Support:
     """A support set.
 

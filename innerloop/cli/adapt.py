@@ -53,14 +53,16 @@ def run(arguments: Sequence[str]) -> int:
     chosen = parsed(AdaptArguments, arguments, "innerloop adapt")
     check_out(chosen.out, chosen.overwrite)
     progress = Progress(shown=not chosen.json)
-    adaptation = load(chosen.run).adaptation(
-        chosen.support,
-        steps=chosen.steps,
-        normalisation=chosen.normalisation,
-        ink=chosen.ink,
-        skip_broken=chosen.skip_broken,
-    )
-    classifier = adaptation.classifier
+    trained = load(chosen.run)
+    with progress.waiting("reading the images and adapting"):
+        adaptation = trained.adaptation(
+            chosen.support,
+            steps=chosen.steps,
+            normalisation=chosen.normalisation,
+            ink=chosen.ink,
+            skip_broken=chosen.skip_broken,
+        )
+        classifier = adaptation.classifier
     estimate = None
     if chosen.estimate:
         with progress.task("estimating the accuracy", len(folds(adaptation.examples.targets))) as bar:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from pydantic import TypeAdapter, ValidationError
 
+from innerloop.cli.arguments import parsed
 from innerloop.cli.ranks import peeked_timeout, to_be_launched
 from innerloop.cli.tables import print_test
 from innerloop.training.building import build_device, build_learner, build_tasks, build_workers
 from innerloop.training.checkpoints import write_json
-from innerloop.training.config import ConfigError, Count, Positive, problems
+from innerloop.training.config import ConfigError, Count, Positive
 from innerloop.training.distributed import TIMEOUT_SECONDS, Ranks, joined, launch
 from innerloop.training.environment import environment
 from innerloop.training.evaluation import evaluate_checkpoints
@@ -59,11 +59,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str], ranks: Ranks) -> int:
-    chosen = tyro.cli(EvaluateArguments, args=list(arguments), prog="innerloop evaluate")
-    try:
-        TypeAdapter(EvaluateArguments).validate_python(asdict(chosen))
-    except ValidationError as error:
-        raise ConfigError(problems(error)) from None
+    chosen = parsed(EvaluateArguments, arguments, "innerloop evaluate")
     folder = RunFolder(chosen.run)
     preset, config = ranks.shared(folder.read_config)
     epochs = ranks.shared(lambda: best_epochs(folder) if folder.latest.exists() else [])

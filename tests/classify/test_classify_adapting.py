@@ -260,6 +260,10 @@ class TestRuns:
         first = innerloop.load(make_run(tmp_path / "other"))
         assert torch.allclose(trained.state["adapted/head.weight"], 3 * first.state["adapted/head.weight"])
 
+    def test_the_one_that_ships(self, tmp_path: Path, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("innerloop.classify.meta_trained.PACKAGED", make_run(tmp_path / "strokes"))
+        assert innerloop.load().path == tmp_path / "strokes"
+
     def test_what_is_no_run(self, tmp_path: Path, make_run: MakeRun) -> None:
         with pytest.raises(ConfigError, match="there is no run at"):
             innerloop.load(tmp_path / "nowhere")

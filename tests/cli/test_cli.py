@@ -195,6 +195,22 @@ def test_broken_images_are_named_and_can_be_skipped(images: Path, capsys: pytest
     assert "bad.png" in capsys.readouterr().err
 
 
+def test_a_folder_as_people_have_them(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (images / "class 3" / "Thumbs.db").write_bytes(b"x")
+    (images / "class 4" / "notes.txt").write_text("x")
+    (images / "small").mkdir()
+    (images / "small" / "0.png").write_bytes((images / "class 0" / "0.png").read_bytes())
+    (images / "nothing").mkdir()
+    assert main(folder_run(images)) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "9 classes, 36 images, 4 a class, 24 x 20 pixels" in said
+    assert "classes: 5 train, 2 val, 2 test, shared out by chance" in said
+    assert "left out 2 of 11 classes, with fewer than 2 images each" in said
+    assert "small: 1 image" in said
+    assert "left out: 1 file ('notes.txt') in class 4" in said
+    assert "no class in" in error_of(capsys, *folder_run(images, "--shots", "6"))
+
+
 def test_divergence_stops_with_its_own_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "sinusoid", *TINY, "--inner-lr", "1e30", "--out", "run", "--quiet"]) == 3
     said = " ".join(capsys.readouterr().err.split())
