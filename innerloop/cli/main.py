@@ -16,6 +16,7 @@ innerloop: MAML and MAML++ for any PyTorch model.
 
   innerloop train [PRESET] [options]    meta-train; without a preset: quickstart, which needs no data
   innerloop evaluate RUN [options]      test a run on held-out classes
+  innerloop report RUN... [options]     tables and figures of recorded runs, as one HTML page
   innerloop presets                     what there is to train
   innerloop bench [CASE...] [options]   time and memory of a meta-training step, beside other libraries
 
@@ -37,14 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"innerloop {__version__}")
         return OK
     name, rest = arguments[0], arguments[1:]
-    if name not in ("train", "evaluate", "presets", "bench"):
-        return _fail(f"unknown command {name!r}; there are train, evaluate, presets and bench")
+    if name not in ("train", "evaluate", "report", "presets", "bench"):
+        return _fail(f"unknown command {name!r}; there are train, evaluate, report, presets and bench")
     # Heavy imports come after the cheap mistakes.
-    from innerloop.cli import bench, evaluate, presets, train
+    from innerloop.cli import bench, evaluate, presets, report, train
 
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         "train": train.run,
         "evaluate": evaluate.run,
+        "report": report.run,
         "presets": presets.run,
         "bench": bench.run,
     }

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from innerloop.reports import paper
 from innerloop.reports.estimates import DASH, Estimate, Which
 from innerloop.reports.groups import Comparison, Group, differing, ending
+from innerloop.reports.records import RunRecords
 
 NORMALISATIONS = {
     "batch": "its own batch's (transductive, as the papers)",
@@ -23,6 +26,14 @@ NORMALISATIONS = {
 """What normalises the query set, by its name in the records."""
 NOT_RUN = "not run"
 _BOTH: tuple[Which, ...] = ("ensemble", "best")
+_FIGURE_COLUMNS = (
+    "seeds",
+    "ensemble, %: mean ± deviation over seeds",
+    "95% interval over tasks",
+    "best checkpoint, %: mean ± deviation over seeds",
+    "95% interval over tasks",
+)
+_PAPER_COLUMN = "paper, %: mean ± deviation over seeds"
 
 
 @dataclass(frozen=True)
@@ -109,27 +120,13 @@ def ablation_table(comparison: Comparison) -> Table:
     rows = []
     for row in ablation_rows(comparison):
         theirs = ablation_paper_figure(comparison, row)
-        cells = [row.label]
-        if row.group is None:
-            cells += [NOT_RUN, *[DASH] * 4]
-        else:
-            cells.append(row.group.seeds_text())
-            for which in _BOTH:
-                cells += _two_cells(row.group.tested(which))
+        cells = [row.label, *_figure_cells(row.group)]
         rows.append([*cells, DASH if theirs is None else theirs.text()])
     return Table(
         caption=comparison.caption,
-        columns=[
-            "method",
-            "seeds",
-            "ensemble, %: mean ± deviation over seeds",
-            "95% interval over tasks",
-            "best checkpoint, %: mean ± deviation over seeds",
-            "95% interval over tasks",
-            "paper, %: mean ± deviation over seeds",
-        ],
+        columns=["method", *_FIGURE_COLUMNS, _PAPER_COLUMN],
         rows=rows,
-        notes=_ablation_notes(comparison),
+        notes=_ablation_notes(comparison, rows),
     )
 
 
@@ -140,7 +137,7 @@ def _two_cells(figure: Estimate | None) -> list[str]:
     return [percent.over_seeds(), percent.over_tasks()]
 
 
-def _ablation_notes(comparison: Comparison) -> list[str]:
+def _ablation_notes(comparison: Comparison, rows: Sequence[Sequence[str]]) -> list[str]:
     notes = [
         f"Test accuracy, transductive; {_members_text(comparison)}; "
         f"{_tasks_text(comparison)}. With one seed there is no deviation over seeds."
@@ -155,7 +152,7 @@ def _ablation_notes(comparison: Comparison) -> list[str]:
             "The paper's figures are of its full schedule, ensembles of five checkpoints, three seeds; its MAML is its "
             "authors' replication" + _original_text(task) + "."
         )
-        if any(f.text().endswith("†") for f in figures.values()):
+        if any(row[-1].endswith("†") for row in rows):
             notes.append("† ± as the method's own paper gives it, not a deviation over seeds of these runs.")
     return notes
 
@@ -177,8 +174,10 @@ def _members_text(comparison: Comparison) -> str:
 def _tasks_text(comparison: Comparison) -> str:
     tasks = {
         int(run.summary["test"]["best"]["batch"]["tasks"])
-        for group in comparison.groups for run in group.finished if run.summary
-    }  # fmt: skip
+        for group in comparison.groups
+        for run in group.finished
+        if run.summary
+    }
     return f"{' or '.join(map(str, sorted(tasks))) or 'no'} test tasks for each seed"
 
 
@@ -222,20 +221,10 @@ def accuracy_table(comparison: Comparison) -> Table:
     rows = []
     for group in comparison.groups:
         theirs = group.paper_figure()
-        cells = [group.label, group.seeds_text()]
-        for which in _BOTH:
-            cells += _two_cells(group.tested(which))
+        cells = [group.label, *_figure_cells(group)]
         rows.append([*cells, DASH if theirs is None else theirs.text()])
-    columns = [
-        "method",
-        "seeds",
-        "ensemble, %: mean ± deviation over seeds",
-        "95% interval over tasks",
-        "best checkpoint, %: mean ± deviation over seeds",
-        "95% interval over tasks",
-        "paper, %: mean ± deviation over seeds",
-    ]
-    return Table(comparison.caption, columns, rows, _ablation_notes(comparison))
+    columns = ["method", *_FIGURE_COLUMNS, _PAPER_COLUMN]
+    return Table(comparison.caption, columns, rows, _ablation_notes(comparison, rows))
 
 
 def _loss_table(comparison: Comparison) -> Table:
@@ -301,6 +290,107 @@ def per_step_table(comparison: Comparison) -> Table:
     )
 
 
+def steps_groups(comparison: Comparison) -> tuple[dict[int, Group], Group | None]:
+    """MAML++ by its number of inner steps, and five-step MAML, None where it was not run."""
+    steps: dict[int, Group] = {}
+    for group in comparison.groups:
+        if group.method == "MAML++":
+            steps.setdefault(group.inner_steps, group)
+    five = [group for group in comparison.groups if group.method == "MAML" and group.inner_steps == 5]
+    return steps, five[0] if five else None
+
+
+def steps_table(comparison: Comparison) -> Table:
+    """MAML++ with 1 .. 5 inner steps, and five-step MAML, beside the paper's."""
+    steps, five = steps_groups(comparison)
+    run = comparison.groups[0].settings
+    task = (run.get("data.dataset"), run.get("data.ways"), run.get("data.shots"))
+    lines = [("MAML, 5 inner steps", five, paper.figure(task, "MAML"))]
+    for count in sorted({1, 2, 3, 4, 5, *steps}):
+        name = f"MAML++, {count} inner step{'s' * (count != 1)}"
+        lines.append((name, steps.get(count), paper.figure(task, "MAML++", count)))
+    rows = []
+    for name, group, theirs in lines:
+        cells = [name, *_figure_cells(group)]
+        rows.append([*cells, DASH if theirs is None else theirs.text()])
+    notes = [steps_words(comparison), *_ablation_notes(comparison, rows)]
+    return Table(comparison.caption, ["method", *_FIGURE_COLUMNS, _PAPER_COLUMN], rows, notes)
+
+
+def steps_words(comparison: Comparison) -> str:
+    """One-step MAML++ against five-step MAML, in words, whichever way it came out."""
+    steps, five = steps_groups(comparison)
+    one = steps[1].tested("ensemble") if 1 in steps else None
+    maml = None if five is None else five.tested("ensemble")
+    if one is None or maml is None:
+        return "One-step MAML++ against five-step MAML: not both were run."
+    one, maml = one.scaled(100), maml.scaled(100)
+    gap = one.mean - maml.mean
+    words = "ahead of" if gap > 0 else "behind" if gap < 0 else "level with"
+    text = f"One-step MAML++ ({paired(one)}) is {words} five-step MAML ({paired(maml)})"
+    text += f", by {abs(gap):.2f} points" if gap else ""
+    if one.deviation is not None and maml.deviation is not None:
+        spread = math.hypot(one.deviation, maml.deviation)
+        more = "more" if abs(gap) > spread else "no more"
+        return f"{text}: {more} than their deviations over seeds put together ({spread:.2f})."
+    spread = math.hypot(one.interval, maml.interval)
+    return (
+        f"{text}: {'more' if abs(gap) > spread else 'no more'} than the 95% interval over tasks of the difference "
+        f"(± {spread:.2f}); with one seed, that of another training run is not known."
+    )
+
+
+def _figure_cells(group: Group | None) -> list[str]:
+    """Seeds, and both figures with both spreads."""
+    if group is None:
+        return [NOT_RUN, *[DASH] * 4]
+    return [group.seeds_text(), *(cell for which in _BOTH for cell in _two_cells(group.tested(which)))]
+
+
+THRESHOLDS = (0.6, 0.7, 0.8, 0.9, 0.95)
+
+
+def speed_table(comparison: Comparison, thresholds: Sequence[float] = THRESHOLDS) -> Table:
+    """Outer updates and seconds of training after which validation accuracy was first at each of some values."""
+    columns = ["method", ""]
+    columns += [f"{100 * threshold:g}%" for threshold in thresholds]
+    rows = []
+    for group in comparison.groups:
+        reached = [[_first_at(run, threshold) for run in group.runs] for threshold in thresholds]
+        rows.append([group.label, "outer updates", *(_reached_text(each, 0) for each in reached)])
+        rows.append([group.label, "seconds", *(_reached_text(each, 1) for each in reached)])
+    machines = {
+        f"{where['device']}, {where['cores']} cores, {where['processes']} processes"
+        for group in comparison.groups
+        for run in group.runs
+        if run.summary and (where := run.summary["environment"])
+    }
+    notes = ["Looked at when an epoch ends. Mean ± deviation over the seeds that reached it, with more than one."]
+    if len(machines) > 1:
+        notes.append("Seconds are of different machines or numbers of processes: " + "; ".join(sorted(machines)) + ".")
+    elif machines:
+        notes.append(f"Seconds on {machines.pop()}, validation not counted.")
+    caption = f"Until validation accuracy was first at ... {comparison.caption}"
+    return Table(caption, columns, rows, notes)
+
+
+def _first_at(run: RunRecords, threshold: float) -> tuple[float, float] | None:
+    for record in run.epochs:
+        if record.val_accuracy is not None and record.val_accuracy >= threshold:
+            return record.iterations, record.seconds
+    return None
+
+
+def _reached_text(reached: Sequence[tuple[float, float] | None], place: int) -> str:
+    values = [each[place] for each in reached if each is not None]
+    if not values:
+        return "not reached"
+    text = f"{statistics.fmean(values):,.0f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):,.0f}"
+    return text if len(values) == len(reached) else f"{text} ({len(values)} of {len(reached)} seeds)"
+
+
 def differences_table(comparison: Comparison) -> Table | None:
     """Settings in which the groups differ; None where there is no more than one group."""
     apart = differing(comparison.groups)
@@ -339,6 +429,16 @@ def runs_table(comparison: Comparison) -> Table:
             )
     columns = ["method", "seed", "state", "training time", "hardware", "commit"]
     return Table(f"Runs. {comparison.caption}", columns, rows)
+
+
+def commands_table(comparison: Comparison) -> Table:
+    """The command of every run that says it."""
+    rows = []
+    for group in comparison.groups:
+        for run in group.runs:
+            command = (run.summary or {}).get("command") or f"{DASH} (run folder {run.path.name}, preset {run.preset})"
+            rows.append([group.label, str(run.seed), str(command)])
+    return Table("Commands", ["method", "seed", "command"], rows)
 
 
 def duration(seconds: float) -> str:
