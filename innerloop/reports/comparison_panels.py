@@ -112,7 +112,13 @@ def ablation_panel(axes: Axes, comparison: Comparison) -> None:
         axes.axhline(place + 0.5, color=style.PALE, linewidth=0.5, zorder=0)
     keys: dict[str, Any] = {
         "mean": Line2D(
-            [], [], marker="o", linestyle="none", color=style.BLUE, markersize=7, label="measured, mean over seeds"
+            [],
+            [],
+            marker="o",
+            linestyle="none",
+            color=style.BLUE,
+            markersize=7,
+            label="measured, mean over seeds" if "seeds" in drawn else "measured, one seed",
         ),
         "seeds": Line2D(
             [],

@@ -172,15 +172,19 @@ def write_speed(runs: Iterable[Path], out: Path) -> list[Path]:
     """
     written = []
     for comparison, end in _each(runs):
-        groups = tuple(group for group in comparison.groups if group.method in ("MAML", "MAML++"))
-        if len({group.method for group in groups}) == 2:
-            comparison = replace(comparison, groups=groups)
+        comparison = against_maml(comparison)
         if any(run.epochs for group in comparison.groups for run in group.runs):
             written += [
                 write_text(out / f"speed{end}.md", speed_table(comparison).markdown() + "\n"),
                 draw_speed(comparison, out / f"speed{end}.png"),
             ]
     return written
+
+
+def against_maml(comparison: Comparison) -> Comparison:
+    """MAML and MAML++ alone, where both were run; else all there is."""
+    groups = tuple(group for group in comparison.groups if group.method in ("MAML", "MAML++"))
+    return replace(comparison, groups=groups) if len({group.method for group in groups}) == 2 else comparison
 
 
 def draw_speed(comparison: Comparison, path: Path) -> Path:

@@ -146,9 +146,9 @@ def _lead(runs: list[RunRecords]) -> str:
     parts += [f"{rest} not finished"] if rest else []
     count = f"{len(runs)} run{'s' * (len(runs) != 1)}"
     return (
-        f"{count}: {', '.join(parts)}. Accuracies are on classes held out of training. A ± is named wherever it stands: "
-        "a deviation over seeds is the spread of training runs, a 95% interval over tasks is how well a mean over test "
-        "tasks is known. Runs of different schedules are never in one table."
+        f"{count}: {', '.join(parts)}. Accuracies are on classes held out of training. A ± is named wherever it "
+        "stands: a deviation over seeds is the spread of training runs, a 95% interval over tasks is how well a mean "
+        "over test tasks is known. Runs of different schedules are never in one table."
     )
 
 

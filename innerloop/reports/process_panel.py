@@ -1,8 +1,8 @@
 """The picture of one task going through the inner and the outer loop.
 
-From left to right: the task, then theta^0 .. theta^K as a chain. Above the chain is what drives each inner step (support
-loss, inner rates), below it what each step gives (query loss and accuracy), then how these losses enter the outer
-loss, and the way the outer update goes back to theta^0. All numbers are the record's; coordinates are inches.
+From left to right: the task, then theta^0 .. theta^K as a chain. Above the chain is what drives each inner step
+(support loss, inner rates), below it what each step gives (query loss and accuracy), then how these losses enter the
+outer loss, and the way the outer update goes back to theta^0. All numbers are the record's; coordinates are inches.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _PITCH = 1.8
 _LEFT = 3.5  # centre of theta^0
 _CHAIN = 4.75
 _QUERY_TOP, _QUERY_BOTTOM = 3.85, 2.95
-_BAR_TOP, _BAR_BOTTOM = 1.85, 1.3
-_BOTTOM, _HEIGHT = 0.3, 6.7
+_BAR_TOP, _BAR_BOTTOM = 1.85, 1.26
+_BOTTOM, _HEIGHT = 0.3, 6.85
 _MOST_COLUMNS = 7
 _SUPPORT, _QUERY, _START, _END = style.GREEN, style.BLUE, style.SKY, style.VERMILLION
 
 
 def process_size(record: ProcessRecord) -> tuple[float, float]:
     """Width and height of the picture in inches."""
-    return _LEFT + (len(_columns(record.steps)) - 1) * _PITCH + 1.0, _HEIGHT
+    return _LEFT + (len(_columns(record.steps)) - 1) * _PITCH + 0.85, _HEIGHT
 
 
 def _columns(steps: int) -> list[int | None]:
@@ -110,7 +110,7 @@ def _task_images(axes: Axes, record: ProcessRecord) -> None:
 
 def _chain(axes: Axes, record: ProcessRecord, columns: list[int | None], centres: dict[int, float]) -> None:
     """theta^0 .. theta^K and the inner steps between them."""
-    _text(axes, _LEFT, _CHAIN + 0.42, "inner loop →", 9.5, bold=True, colour=_SUPPORT, ha="center")
+    _text(axes, _LEFT + 0.25, _CHAIN + 0.4, "inner loop", 9, bold=True, colour=_SUPPORT, ha="right")
     _rail(axes, 1.3, 6.42, [(a + b) / 2 for a, b in pairwise(centres.values()) if b - a < 1.5 * _PITCH], 0.1, _SUPPORT)
     table = np.array(list(record.rates.values()), dtype=np.float64).reshape(len(record.rates), record.steps)
     finite = table[np.isfinite(table)]
@@ -261,7 +261,7 @@ def _outer(axes: Axes, record: ProcessRecord, centres: dict[int, float]) -> None
     _text(
         axes,
         (first + last) / 2,
-        (_BAR_TOP + _BAR_BOTTOM) / 2 + (0.12 if wide else 0),
+        (_BAR_TOP + _BAR_BOTTOM) / 2 + (0.1 if wide else 0),
         formula,
         9.5,
         ha="center",
@@ -271,7 +271,7 @@ def _outer(axes: Axes, record: ProcessRecord, centres: dict[int, float]) -> None
         _text(
             axes,
             (first + last) / 2,
-            _BAR_BOTTOM + 0.15,
+            _BAR_BOTTOM + 0.13,
             f"this task: {values}; averaged over the tasks of a meta-batch",
             7.5,
             ha="center",
@@ -307,8 +307,8 @@ def _words(axes: Axes, record: ProcessRecord) -> None:
         order = "The meta-gradient is first order: it takes the gradient at the adapted weights as that of θ^0."
     else:
         order = (
-            f"The meta-gradient is first order in the first {record.first_order_epochs} epochs; from then on it is second "
-            f"order and goes {through} (dashed)."
+            f"The meta-gradient is first order in the first {record.first_order_epochs} epochs; from then on it is "
+            f"second order and goes {through} (dashed)."
         )
     learned = f"Learned with θ^0: {', '.join(record.learned)}." if record.learned else "Nothing but θ^0 is learned."
     width = process_size(record)[0]
