@@ -1,6 +1,6 @@
-"""Keep a run's records in the repository, and quote the recorded figures in the README.
+"""Keep runs' records in the repository, and quote them in the README and in docs/results.md.
 
-python experiments/record.py RUN NAME    copy a finished run to experiments/results/NAME, and quote it
+python experiments/record.py RUN NAME    copy a finished run, or a grid, to experiments/results/NAME, and quote it
 python experiments/record.py             quote what is recorded
 """
 
@@ -9,30 +9,74 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from innerloop.reports import comparisons as draw
+from innerloop.reports import paper
+from innerloop.reports.files import write_text
+from innerloop.reports.groups import Comparison, Group, comparisons, find_runs, method_label, settings, task_text
+from innerloop.reports.records import RunRecords, read_started_run
+from innerloop.reports.tables import (
+    DASH,
+    NOT_RUN,
+    Table,
+    ablation_rows,
+    ablation_table,
+    accuracy_table,
+    normalisation_table,
+    per_step_table,
+    speed_table,
+    steps_groups,
+    steps_table,
+)
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "results.md"
 BEGIN, END = "<!-- results: python experiments/record.py -->", "<!-- end of results -->"
 
-REPAIRS = ("msl", "da", "bnrs", "bnwb", "lslr", "ca")
+NOT_KEPT = ("checkpoints", "report", "report-figures", "report.*", "*.log")
+OF_A_GRIDS_RUN = ("config.json", "metrics.jsonl", "summary.json", "figures/process.json", "figures/process.png")
 
 
-def record(run: Path, name: str) -> None:
-    """Copy what is small of a finished run: all but its checkpoints.
+def record(source: Path, name: str) -> None:
+    """Copy what is small of a finished run, all but its checkpoints; of a grid, every run's records without figures.
 
-    Where the data lay is a matter of the machine it ran on: of that path only the last part is kept.
+    Where the data lay is a matter of the machine it ran on: of that path only the last part is kept, and nothing of
+    where the run lay.
     """
-    if not (run / "summary.json").is_file():
-        raise SystemExit(f"{run} is not a finished run: it has no summary.json")
     target = RESULTS / name
+    if (source / "config.json").is_file():
+        if not (source / "summary.json").is_file():
+            raise SystemExit(f"{source} is not a finished run: it has no summary.json")
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(*NOT_KEPT))
+        _strip_paths(target, source.resolve(), name)
+        return
+    runs = find_runs([source])
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(run, target, ignore=shutil.ignore_patterns("checkpoints"))
-    data = json.loads((run / "config.json").read_text())["config"]["data"]["data"]
-    for file in (target / "config.json", target / "summary.json") if data else ():
-        file.write_text(file.read_text().replace(data, Path(data).name))
+    for run in runs:
+        folder = target / run.path.relative_to(source)
+        for part in OF_A_GRIDS_RUN:
+            if (run.path / part).is_file():
+                (folder / part).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(run.path / part, folder / part)
+        _strip_paths(folder, source.resolve(), name)
+    for file in sorted(source.rglob("grid.json")):
+        shutil.copyfile(file, target / file.relative_to(source))
+
+
+def _strip_paths(folder: Path, source: Path, name: str) -> None:
+    data = json.loads((folder / "config.json").read_text())["config"]["data"]["data"]
+    for file in (folder / "config.json", folder / "summary.json"):
+        if file.is_file():
+            text = file.read_text()
+            text = text.replace(data, Path(data).name) if data else text
+            file.write_text(text.replace(str(source), f"runs/{name}"))
 
 
 def quoted() -> str:
@@ -66,7 +110,7 @@ def _classification_row(folder: Path, summary: dict[str, Any], config: dict[str,
     cells = [
         f"[{folder.name}](experiments/results/{folder.name})",
         f"{data['dataset']} {data['ways']}-way {data['shots']}-shot",
-        _method(config["method"]),
+        _method(folder),
         f"{summary['iterations']} x {config['outer']['meta_batch']}",
         f"{summary['train_seconds'] / 60:.1f} min",
         str(best["batch"]["tasks"]),
@@ -80,7 +124,7 @@ def _regression_row(folder: Path, summary: dict[str, Any], config: dict[str, Any
     steps = summary["test"]["per_step"]
     cells = [
         f"[{folder.name}](experiments/results/{folder.name})",
-        _method(config["method"]),
+        _method(folder),
         str(summary["test"]["best"]["batch"]["tasks"]),
         str(config["data"]["shots"]),
         *(f"{steps[k]['loss']:.3f} ± {steps[k]['interval']:.3f}" for k in (0, 1, 10)),
@@ -88,12 +132,8 @@ def _regression_row(folder: Path, summary: dict[str, Any], config: dict[str, Any
     return f"| {' | '.join(cells)} |"
 
 
-def _method(method: dict[str, Any]) -> str:
-    on = [switch.upper() for switch in REPAIRS if method[switch]]
-    if len(on) == len(REPAIRS):
-        return "MAML++"
-    base = "Meta-SGD" if method["meta_sgd"] else "MAML" if method["second_order"] else "FOMAML"
-    return " + ".join([base, *on])
+def _method(folder: Path) -> str:
+    return method_label(settings(read_started_run(folder)))
 
 
 def _percent(score: dict[str, Any]) -> str:
@@ -107,9 +147,167 @@ def quote(text: str) -> str:
     return f"{before}{BEGIN}\n{quoted()}\n{END}{after}"
 
 
+@dataclass(frozen=True)
+class Item:
+    """Something under a heading of docs/results.md: tables, and figures that are drawn from the same records."""
+
+    tables: list[Table] = field(default_factory=list)
+    figures: list[tuple[Path, str, Callable[[Path], Path] | None]] = field(default_factory=list)
+    """Where it lies, what it shows, and what draws it; None for one that was recorded with its run."""
+
+    def lines(self) -> list[str]:
+        """As Markdown."""
+        lines: list[str] = []
+        for table in self.tables:
+            lines += ["", table.markdown()]
+        for path, caption, _ in self.figures:
+            lines += ["", f"![{caption}](../{path.relative_to(HERE.parent).as_posix()})"]
+        return lines
+
+
+def results_page() -> str:
+    """The text of docs/results.md."""
+    singles = [read_started_run(path.parent) for path in sorted(RESULTS.glob("*/config.json"))]
+    grids = [
+        folder for folder in sorted(RESULTS.iterdir()) if folder.is_dir() and not (folder / "config.json").exists()
+    ]
+    lines = [
+        "# Recorded results",
+        "",
+        "Written by `python experiments/record.py` from the records in [experiments/results](../experiments/results), "
+        "where each run's command, commit, hardware and metrics are. Accuracies are on classes held out of training. A "
+        "± is a deviation over seeds or a 95% interval over tasks, and says which. Runs of different schedules are "
+        "never in one table.",
+        "",
+        "## The paper's experiments at full length",
+        "",
+        full_length_table(find_runs([RESULTS])).markdown(),
+    ]
+    for grid in grids:
+        lines += [
+            "",
+            f"## {grid.name}",
+            "",
+            f"Records: [experiments/results/{grid.name}](../experiments/results/{grid.name}).",
+        ]
+        for item in grid_items(grid):
+            lines += item.lines()
+    lines += ["", "## Single runs"]
+    for comparison in comparisons(singles):
+        lines += ["", f"### {comparison.task}, {comparison.schedule.split(': ', 1)[-1]}"]
+        tables = [accuracy_table(comparison), per_step_table(comparison)]
+        if comparison.is_classification:
+            tables.append(normalisation_table(comparison))
+        lines += Item(tables).lines()
+        names = [run.path.name for group in comparison.groups for run in group.runs]
+        links = ", ".join(f"[{name}](../experiments/results/{name})" for name in names)
+        lines += ["", f"Records: {links}."]
+    pictures = process_pictures([*singles, *find_runs([RESULTS])])
+    if pictures:
+        lines += ["", "## One task, through the inner and the outer loop"]
+        for run, path in pictures:
+            label = method_label(settings(run))
+            caption = f"{label}: {task_text(settings(run))}, seed {run.seed}"
+            lines += ["", f"![{caption}](../{path.relative_to(HERE.parent).as_posix()})", "", f"{caption}."]
+    return "\n".join(lines) + "\n"
+
+
+def full_length_table(runs: list[RunRecords]) -> Table:
+    """MAML++ on Omniglot under the paper's whole schedule beside the paper's figures; what has no record is not run."""
+    rows = []
+    full = [c for c in comparisons(runs) if c.schedule.endswith("(the paper's full schedule)")]
+    for ways in (20, 5):
+        for shots in (1, 5):
+            theirs = paper.FIGURES["omniglot", ways, shots]["MAML++"]
+            found = [group for c in full for group in c.groups if _is(group, ways, shots) and group.finished]
+            for group in found:
+                cells = accuracy_table(Comparison("", "", (group,))).rows[0][1:-1]
+                rows.append([f"Omniglot {ways}-way {shots}-shot", *cells, theirs.text()])
+            if not found:
+                rows.append([f"Omniglot {ways}-way {shots}-shot", NOT_RUN, *[DASH] * 4, theirs.text()])
+    columns = [
+        "MAML++, 100 epochs of 500 iterations, 8 tasks each",
+        "seeds",
+        "ensemble, %: mean ± deviation over seeds",
+        "95% interval over tasks",
+        "best checkpoint, %: mean ± deviation over seeds",
+        "95% interval over tasks",
+        "paper, %: mean ± deviation over seeds",
+    ]
+    return Table("", columns, rows, ["Transductive, as the paper's figures are."])
+
+
+def _is(group: Group, ways: int, shots: int) -> bool:
+    run = group.settings
+    task = (run.get("data.dataset"), run.get("data.ways"), run.get("data.shots"))
+    return task == ("omniglot", ways, shots) and group.method == "MAML++" and group.paper_figure() is not None
+
+
+def grid_items(grid: Path) -> list[Item]:
+    """The tables and figures of a recorded grid, by what was run in it."""
+    items = []
+    for comparison in comparisons(find_runs([grid])):
+        place = grid / "figures"
+        if not comparison.is_classification:
+            items.append(Item([accuracy_table(comparison)]))
+            continue
+        tables, figures = [], []
+        rows = sum(row.group is not None for row in ablation_rows(comparison))
+        steps, _ = steps_groups(comparison)
+        methods = {group.method for group in comparison.groups}
+        if len(steps) > 1:
+            tables.append(steps_table(comparison))
+            figures.append((place / f"steps-{comparison.slug}.png", "By the number of inner steps", draw.draw_steps))
+        elif rows >= 4:
+            tables.append(ablation_table(comparison))
+            figures.append((place / f"ablation-{comparison.slug}.png", "Each repair by itself", draw.draw_ablation))
+        else:
+            tables.append(accuracy_table(comparison))
+        tables.append(normalisation_table(comparison))
+        if len(comparison.groups) <= 4:
+            path = place / f"stability-{comparison.slug}.png"
+            figures.append((path, "Every seed, and the norm of the meta-gradient", draw.draw_stability))
+        if {"MAML", "MAML++"} <= methods:
+            tables.append(speed_table(draw.against_maml(comparison)))
+            path = place / f"speed-{comparison.slug}.png"
+            figures.append((path, "Over outer updates, and over the time of training", _draw_speed))
+        items.append(Item(tables, [(p, c, _drawing(d, comparison)) for p, c, d in figures]))
+    return items
+
+
+def _draw_speed(comparison: Comparison, path: Path) -> Path:
+    return draw.draw_speed(draw.against_maml(comparison), path)
+
+
+def _drawing(function: Callable[[Comparison, Path], Path], comparison: Comparison) -> Callable[[Path], Path]:
+    return lambda path: function(comparison, path)
+
+
+def process_pictures(runs: list[RunRecords]) -> list[tuple[RunRecords, Path]]:
+    """The first recorded picture of MAML's process and of MAML++'s."""
+    found: dict[str, tuple[RunRecords, Path]] = {}
+    for run in runs:
+        path, label = run.path / "figures" / "process.png", method_label(settings(run))
+        if path.is_file() and label in ("MAML", "MAML++"):
+            found.setdefault(label, (run, path))
+    return [found[label] for label in ("MAML", "MAML++") if label in found]
+
+
+def draw_figures() -> None:
+    """Draw the figures of docs/results.md that are of several runs."""
+    for grid in sorted(RESULTS.iterdir()):
+        if grid.is_dir() and not (grid / "config.json").exists():
+            for item in grid_items(grid):
+                for path, _, function in item.figures:
+                    if function is not None:
+                        function(path)
+
+
 if __name__ == "__main__":
     if len(sys.argv) == 3:
         record(Path(sys.argv[1]), sys.argv[2])
     elif len(sys.argv) != 1:
         raise SystemExit(__doc__)
-    README.write_text(quote(README.read_text()))
+    draw_figures()
+    write_text(README, quote(README.read_text(encoding="utf-8")))
+    write_text(PAGE, results_page())

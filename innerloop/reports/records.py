@@ -7,7 +7,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+Status = Literal["finished", "diverged", "unfinished"]
+"""Tested at its end; stopped by a NaN or infinite loss; or going on, or stopped otherwise."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,8 @@ class EpochRecord:
     """From 1."""
     iterations: int
     """Outer updates so far."""
+    seconds: float
+    """Of training so far, validation not counted."""
     outer_lr: float
     derivative_order: int
     loss_weights: list[float]
@@ -40,27 +45,46 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class RunRecords:
-    """A run's configuration and its epochs in order, at least one."""
+    """A run's configuration and its epochs in order."""
 
     name: str
     config: Mapping[str, Any]
     epochs: list[EpochRecord]
+    path: Path = Path()
+    preset: str = ""
+    summary: Mapping[str, Any] | None = None
+    """Test scores and where they come from; None while the run has not finished."""
+    status: Status = "unfinished"
 
     @property
     def is_classification(self) -> bool:
         """Whether the run counts right answers; otherwise it is regression and only has losses."""
+        if not self.epochs:
+            return self.setting("data", "dataset") != "sinusoid"
         return any(record.val_accuracy is not None for record in self.epochs)
+
+    @property
+    def seed(self) -> int:
+        """Of the initialisation, the class split and all tasks."""
+        seed = self.setting("compute", "seed")
+        return seed if isinstance(seed, int) else 0
+
+    @property
+    def planned_epochs(self) -> int:
+        """Epochs that the run was to have."""
+        epochs = self.setting("outer", "epochs")
+        return epochs if isinstance(epochs, int) else len(self.epochs)
 
     @property
     def ways(self) -> int | None:
         """Classes in a task, where the configuration has them."""
-        ways = self._setting("data", "ways")
+        ways = self.setting("data", "ways")
         return int(ways) if self.is_classification and isinstance(ways, int) and ways > 0 else None
 
     @property
     def initial_inner_lr(self) -> float | None:
         """The inner rate that every tensor and step started from."""
-        rate = self._setting("method", "inner_lr")
+        rate = self.setting("method", "inner_lr")
         return float(rate) if isinstance(rate, (int, float)) and math.isfinite(rate) else None
 
     @property
@@ -76,13 +100,14 @@ class RunRecords:
         ends = (now.epoch for before, now in pairs if any(before.loss_weights[:-1]) and not any(now.loss_weights[:-1]))
         return next(ends, None)
 
-    def _setting(self, section: str, key: str) -> object:
+    def setting(self, section: str, key: str) -> object:
+        """A value of the configuration; None where it has none."""
         part = self.config.get(section)
         return part.get(key) if isinstance(part, Mapping) else None
 
 
 def read_run(run: Path) -> RunRecords:
-    """Read ``config.json`` (if there) and ``metrics.jsonl`` of a run's folder.
+    """Read ``config.json`` and ``summary.json`` (if there) and ``metrics.jsonl`` of a run's folder.
 
     A last line that a stopped run left half-written is passed over. Where an epoch was recorded twice, by a
     run that went on from a checkpoint, the later record counts.
@@ -92,10 +117,41 @@ def read_run(run: Path) -> RunRecords:
         ValueError: a line that is not a record, or no finished epoch.
     """
     path = run / "metrics.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{run} has no metrics.jsonl: not a run's folder, or no epoch has finished") from None
+    if not path.is_file():
+        raise FileNotFoundError(f"{run} has no metrics.jsonl: not a run's folder, or no epoch has finished")
+    records = read_started_run(run)
+    if not records.epochs:
+        raise ValueError(f"{path} has no finished epoch yet")
+    return records
+
+
+def read_started_run(run: Path) -> RunRecords:
+    """``read_run``, also of a run of which no epoch has finished yet.
+
+    A run of a grid (``GRID/ROW/seed-S``) that did not finish has the status that ``GRID/grid.json`` tells.
+
+    Raises:
+        ValueError: a file that is not what a run writes.
+    """
+    document = _read_json(run / "config.json")
+    config = document.get("config")
+    summary = _read_json(run / "summary.json") or None
+    return RunRecords(
+        name=run.resolve().name,
+        config=config if isinstance(config, dict) else {},
+        epochs=_read_epochs(run / "metrics.jsonl"),
+        path=run,
+        preset=str(document.get("preset", "")),
+        summary=summary,
+        status="finished" if summary else _status_in_grid(run),
+    )
+
+
+def _read_epochs(path: Path) -> list[EpochRecord]:
+    """The epochs of a ``metrics.jsonl``, in order; none where there is no such file."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     epochs: dict[int, EpochRecord] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -108,19 +164,26 @@ def read_run(run: Path) -> RunRecords:
             raise ValueError(f"{path}, line {number} is not JSON ({error}): {line[:80]!r}") from None
         record = _epoch_record(fields, f"{path}, line {number}")
         epochs[record.epoch] = record
-    if not epochs:
-        raise ValueError(f"{path} has no finished epoch yet")
-    ordered = [epochs[epoch] for epoch in sorted(epochs)]
-    return RunRecords(run.resolve().name, _read_config(run / "config.json"), ordered)
+    return [epochs[epoch] for epoch in sorted(epochs)]
 
 
-def _read_config(path: Path) -> Mapping[str, Any]:
-    """The run's configuration; empty where there is no file."""
+def _read_json(path: Path) -> Mapping[str, Any]:
+    """A JSON object; empty where there is no file."""
     if not path.exists():
         return {}
-    document = json.loads(path.read_text(encoding="utf-8"))
-    config = document.get("config") if isinstance(document, dict) else None
-    return config if isinstance(config, dict) else {}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    return document if isinstance(document, dict) else {}
+
+
+def _status_in_grid(run: Path) -> Status:
+    run = run.resolve()
+    for entry in _read_json(run.parent.parent / "grid.json").get("runs", []):
+        if (entry.get("row"), f"seed-{entry.get('seed')}") == (run.parent.name, run.name):
+            return "diverged" if entry.get("status") == "diverged" else "unfinished"
+    return "unfinished"
 
 
 def _epoch_record(fields: object, where: str) -> EpochRecord:
@@ -132,6 +195,7 @@ def _epoch_record(fields: object, where: str) -> EpochRecord:
         return EpochRecord(
             epoch=int(fields["epoch"]),
             iterations=int(fields["iterations"]),
+            seconds=_number(fields.get("seconds")),
             outer_lr=_number(fields["outer_lr"]),
             derivative_order=int(fields["derivative_order"]),
             loss_weights=_numbers(fields["loss_weights"]),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from innerloop.reports.files import replacing
+
 DOTS_PER_INCH = 160
 
 # Okabe and Ito's palette, which people with any common colour blindness can tell apart.
@@ -22,6 +22,8 @@ BLUE = "#0072B2"
 ORANGE = "#E69F00"
 GREEN = "#009E73"
 VERMILLION = "#D55E00"
+PURPLE = "#CC79A7"
+SKY = "#56B4E9"
 INK = "#222222"
 GREY = "#6E6E6E"
 PALE = "#D9D9D9"
@@ -87,13 +89,8 @@ def figure_at(path: Path, width: float, height: float) -> Iterator[Figure]:
 
 def save(figure: Figure, path: Path) -> Path:
     """Write a PNG in one move: readers find the old file or the new. The same data gives the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
+    with replacing(path) as part:
         figure.savefig(part, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

@@ -238,7 +238,7 @@ _CURVES: tuple[tuple[str, Any], ...] = (
     (style.ORANGE, (0, (5, 1.5))),
     (style.BLUE, "-"),
     (style.GREEN, (0, (4, 1.5, 1, 1.5))),
-    ("#CC79A7", (0, (8, 2))),
+    (style.PURPLE, (0, (8, 2))),
 )
 
 

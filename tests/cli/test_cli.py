@@ -74,6 +74,8 @@ def test_train_then_evaluate_as_json(images: Path, capsys: pytest.CaptureFixture
         "inner_steps.png",
         "msl_weights.png",
         "overview.png",
+        "process.json",
+        "process.png",
         "rates.png",
         "task.png",
     }
