@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from innerloop.cli import train
+from innerloop.reports.comparisons import write_ablation, write_speed, write_stability, write_steps
+from innerloop.reports.page import write_report
 from innerloop.training.building import build_device, build_tasks
 from innerloop.training.config import PRESETS, Config, ConfigError, Count
 from innerloop.training.grids import GRIDS, Cell, Row, cells, run_grid, train_arguments, write_statuses
@@ -25,6 +27,13 @@ from innerloop.training.progress import Progress
 from innerloop.training.run_folder import RunFolder
 from innerloop.training.trainer import InterruptedRunError
 from innerloop.training.workers import available_cores
+
+WRITERS: dict[str, tuple[Callable[[Iterable[Path], Path], list[Path]], ...]] = {
+    "ablation": (write_ablation, write_speed),
+    "steps": (write_steps,),
+    "strided": (write_stability, write_speed),
+}
+"""What is written of a grid, beside the report that every grid has."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +105,26 @@ def run(arguments: Sequence[str]) -> int:
             raise
         finally:
             write_statuses(out, runs)
+    written = _write(chosen.grid, out, progress)
     bad = [cell for cell in runs if cell.status == "failed"]
     for cell in bad:
         last = cell.log.read_text(errors="replace").strip().splitlines()[-1:]
         progress.console.print(f"{cell.folder} failed: {' '.join(last)} ({cell.log})", highlight=False, soft_wrap=True)
     if chosen.json:
-        print(json.dumps([{"row": c.row.name, "seed": c.seed, "status": c.status, "run": str(c.folder)} for c in runs]))
+        states = [{"row": c.row.name, "seed": c.seed, "status": c.status, "run": str(c.folder)} for c in runs]
+        print(json.dumps({"version": 1, "runs": states, "files": [str(path) for path in written]}))
+    else:
+        print(f"report: {out / 'report' / 'report.html'}")
     return 1 if bad else 0
+
+
+def _write(grid: str, out: Path, progress: Progress) -> list[Path]:
+    """The grid's tables and figures, and its report, from all its runs that have finished an epoch."""
+    if not any(out.glob("*/*/metrics.jsonl")):
+        return []
+    with progress.waiting("drawing tables and figures"):
+        written = [path for write in WRITERS.get(grid, ()) for path in write([out], out)]
+        return written + write_report([out], out / "report", title=GRIDS[grid].about)[1]
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_are_trained_once_and_a_seed_more_is_added(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ablate", *GRID, "--seeds", "0", "--out", "grid", "--json"]) == 0
-    states = json.loads(capsys.readouterr().out)
+    states = json.loads(capsys.readouterr().out)["runs"]
     assert [(s["row"], s["seed"], s["status"]) for s in states] == [("maml", 0, "done"), ("mamlpp", 0, "done")]
     config = json.loads(Path("grid/maml/seed-0/config.json").read_text())["config"]
     assert not config["method"]["msl"]
@@ -36,7 +36,12 @@ def test_rows_are_trained_once_and_a_seed_more_is_added(capsys: pytest.CaptureFi
     written = Path("grid/maml/seed-0/summary.json").stat().st_mtime_ns
 
     assert main(["ablate", *GRID, "--seeds", "0", "1", "--out", "grid", "--json"]) == 0
-    states = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out)
+    states = result["runs"]
+    assert {Path(p).name for p in result["files"]} >= {"ablation.md", "ablation.csv", "ablation.png", "report.html"}
+    table = Path("grid/ablation.md").read_text()
+    assert "| MAML | 2 |" in table
+    assert "not run" in table  # the rows that were left out
     assert len(states) == 4
     assert {s["status"] for s in states} == {"done"}
     assert Path("grid/maml/seed-0/summary.json").stat().st_mtime_ns == written
