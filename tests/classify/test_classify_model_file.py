@@ -47,7 +47,7 @@ def test_it_comes_back_as_it_was(
     assert loaded.description() == classifier.description()
     assert loaded.estimate == classifier.estimate
     loaded.save(tmp_path / "again.safetensors")
-    assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
+    assert contents(tmp_path / "again.safetensors")[1] == contents(file)[1]  # the checksum among it
     described = json.loads(contents(file)[1][HEADER])
     assert described["version"] == 1
     assert described["classes"] == ["bar", "dot", "post"]
