@@ -173,7 +173,8 @@ class MetaTrained:
         """The meta-trained learner for a number of classes.
 
         A head that starts from zeros has one output a class. A learned one has as many as it was trained with, and its
-        first ones are taken.
+        first ones are taken. The support loss is a mean over images, so that with fewer classes each image moves the
+        fast weights further than the inner rates were learned for; it is scaled back to what it was.
 
         Raises:
             ConfigError: the head is learned, and has fewer outputs.
@@ -191,7 +192,7 @@ class MetaTrained:
         )
         # Weights are drawn and then replaced: not at the cost of a caller's random numbers.
         with torch.random.fork_rng(devices=[]):
-            learner = build_learner(config, torch.device("cpu"))
+            learner = build_learner(config, torch.device("cpu"), loss_scale=min(1.0, ways / trained))
         own = learner.state_dict()
         learner.load_state_dict({name: _first_outputs(t, own.get(name)) for name, t in self.state.items()})
         return learner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import innerloop.nn
 from innerloop.data import (
@@ -175,8 +175,8 @@ def build_workers(
     return Workers(learner, source, processes, threads, capture=capture)
 
 
-def build_learner(config: Config, device: torch.device) -> MetaLearner:
-    """The config's network with freshly drawn weights, in a MetaLearner of its method."""
+def build_learner(config: Config, device: torch.device, loss_scale: float = 1.0) -> MetaLearner:
+    """The config's network with freshly drawn weights, in a MetaLearner of its method and ``loss_scale`` x its loss."""
     torch.manual_seed(config.compute.seed)
     network = build_network(config).to(device)
     if device.type == "cpu":
@@ -184,9 +184,13 @@ def build_learner(config: Config, device: torch.device) -> MetaLearner:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loss = F.mse_loss if config.regression else F.cross_entropy
     compute = config.compute
+
+    def scaled(outputs: Tensor, targets: Tensor) -> Tensor:
+        return loss_scale * loss(outputs, targets)
+
     return MetaLearner(
         network,
-        loss,
+        loss if loss_scale == 1.0 else scaled,
         config.method,
         compute.mode,
         stored_steps=compute.stored_steps,

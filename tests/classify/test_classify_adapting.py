@@ -136,6 +136,20 @@ def test_any_number_of_ways(any_ways: MetaTrained, shapes: Draw) -> None:
         assert adaptation.support.shots == tuple(1 + i % 2 for i in range(ways))
 
 
+@pytest.mark.parametrize(("ways", "share"), [(2, 0.4), (5, 1.0), (8, 1.0)])
+def test_with_fewer_classes_an_image_moves_the_weights_as_far_as_in_training(
+    any_ways: MetaTrained, shapes: Draw, ways: int, share: float
+) -> None:
+    """A run of 5-way tasks. From a head of zeros, the biases of the first step by hand."""
+    support = {f"class {i}": [shapes("dot", i)] for i in range(ways)}
+    support["class 0"].append(shapes("bar"))
+    adaptation = any_ways.adaptation(support)
+    bias = adaptation.fast_weights[1]["head.bias"]
+    images = torch.tensor([2.0] + [1.0] * (ways - 1))
+    by_hand = 0.4 * share * (images / (ways + 1) - 1 / ways)  # cross-entropy at equal logits: mean of p - y
+    assert torch.allclose(bias, by_hand, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", [maml_plus_plus(inner_steps=3), meta_sgd(), boil(), maml(bnwb=True)])
 def test_a_learned_head_serves_as_many_ways_as_it_has(
     tmp_path: Path, make_run: MakeRun, shapes: Draw, method: innerloop.Method
