@@ -58,6 +58,7 @@ def record(source: Path, name: str) -> None:
         _strip_paths(target, source.resolve(), name)
         return
     runs = find_runs([source])
+    about = _about(target)
     shutil.rmtree(target, ignore_errors=True)
     for run in runs:
         folder = target / run.path.relative_to(source)
@@ -68,6 +69,14 @@ def record(source: Path, name: str) -> None:
         _strip_paths(folder, source.resolve(), name)
     for file in sorted(source.rglob("grid.json")):
         shutil.copyfile(file, target / file.relative_to(source))
+    if about:
+        write_text(target / "about.md", about)
+
+
+def _about(folder: Path) -> str:
+    """What a person wrote of a record: its about.md, which stands under its heading and outlives a new recording."""
+    file = folder / "about.md"
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def _strip_paths(folder: Path, source: Path, name: str) -> None:
@@ -184,12 +193,8 @@ def results_page() -> str:
         full_length_table(find_runs([RESULTS])).markdown(),
     ]
     for grid in grids:
-        lines += [
-            "",
-            f"## {grid.name}",
-            "",
-            f"Records: [experiments/results/{grid.name}](../experiments/results/{grid.name}).",
-        ]
+        lines += ["", f"## {grid.name}", "", *_about(grid).splitlines()]
+        lines += ["", f"Records: [experiments/results/{grid.name}](../experiments/results/{grid.name})."]
         for item in grid_items(grid):
             lines += item.lines()
     lines += ["", "## Single runs"]

@@ -147,6 +147,8 @@ def _chain(axes: Axes, record: ProcessRecord, columns: list[int | None], centres
         )
         if finite.size:
             _rate_strip(axes, middle, table[:, k - 1], low, high)
+    if second:
+        _text(axes, _LEFT + _PITCH / 2, _CHAIN - 0.47, "meta-gradient", 7, ha="center", colour=style.PURPLE)
     if finite.size:
         tensors = len(record.rates)
         x = _LEFT + 0.4 + (_PITCH - 0.8) / 2
@@ -312,7 +314,7 @@ def _words(axes: Axes, record: ProcessRecord) -> None:
         )
     learned = f"Learned with θ^0: {', '.join(record.learned)}." if record.learned else "Nothing but θ^0 is learned."
     width = process_size(record)[0]
-    lines = textwrap.wrap(f"{weights} {order} {learned}", int(width * 15.5))
+    lines = textwrap.wrap(f"{weights} {order} {learned}", int(width * 14))
     for place, line in enumerate(lines):
         line = line.replace(f"θ^{steps}", rf"$\theta^{{{steps}}}$").replace("θ^0", r"$\theta^0$")
         _text(axes, 0.1, 0.9 - 0.23 * place, line, 8.8)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from innerloop.cli.main import main
-from innerloop.reports.page import write_report
+from innerloop.reports.page import Report, write_report
+from innerloop.reports.process import write_process
 
 from .synthetic import write_grid, write_run
 from .test_process import make_record
@@ -30,8 +31,9 @@ class Page(HTMLParser):
         self.words.append(data.strip())
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp_path = tmp_path_factory.mktemp("report")
     grid = write_grid(
         tmp_path / "runs" / "grid",
         {"maml": ("maml", {}), "mamlpp": ("maml_plus_plus", {})},
@@ -41,14 +43,17 @@ def runs(tmp_path: Path) -> Path:
     write_run(tmp_path / "runs" / "other", [0.5, 0.6], changes={"outer.iterations": 500}, test=0.8)
     figures = grid / "mamlpp" / "seed-0" / "figures"
     figures.mkdir()
-    from innerloop.reports.process import write_process
-
     write_process(figures, make_record())
     return tmp_path / "runs"
 
 
-def test_the_page_needs_nothing_else_and_says_what_was_run(runs: Path, tmp_path: Path) -> None:
-    report, written = write_report([runs], tmp_path / "out" / "all.html", title="a < b & c")
+@pytest.fixture(scope="module")
+def reported(runs: Path) -> tuple[Report, list[Path]]:
+    return write_report([runs], runs.parent / "out" / "all.html", title="a < b & c")
+
+
+def test_the_page_needs_nothing_else_and_says_what_was_run(reported: tuple[Report, list[Path]]) -> None:
+    report, written = reported
     assert [path.name for path in written[:2]] == ["all.html", "all.md"]
     text = written[0].read_text()
     page = Page(text)
@@ -70,8 +75,8 @@ def test_the_page_needs_nothing_else_and_says_what_was_run(runs: Path, tmp_path:
     assert targets == anchors
 
 
-def test_the_markdown_has_the_same_tables_and_its_pictures_are_there(runs: Path, tmp_path: Path) -> None:
-    report, written = write_report([runs], tmp_path / "out")
+def test_the_markdown_has_the_same_tables_and_its_pictures_are_there(reported: tuple[Report, list[Path]]) -> None:
+    report, written = reported
     text = written[1].read_text()
     for section in report.sections:
         for block in section.blocks:
@@ -80,7 +85,7 @@ def test_the_markdown_has_the_same_tables_and_its_pictures_are_there(runs: Path,
                 assert section.schedule.rstrip(".") in table.caption or table.caption == "Commands"
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert len(pictures) == len(written) - 2
-    assert all((tmp_path / "out" / picture).is_file() for picture in pictures)
+    assert all((written[1].parent / picture).is_file() for picture in pictures)
 
 
 def test_the_command_says_what_it_wrote(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
