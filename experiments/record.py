@@ -23,13 +23,11 @@ from innerloop.reports.tables import (
     DASH,
     NOT_RUN,
     Table,
-    ablation_rows,
     ablation_table,
     accuracy_table,
     normalisation_table,
     per_step_table,
     speed_table,
-    steps_groups,
     steps_table,
 )
 
@@ -248,6 +246,23 @@ def _is(group: Group, ways: int, shots: int) -> bool:
     return task == ("omniglot", ways, shots) and group.method == "MAML++" and group.paper_figure() is not None
 
 
+def _speed_table(comparison: Comparison) -> Table:
+    return speed_table(draw.against_maml(comparison))
+
+
+def _draw_speed(comparison: Comparison, path: Path) -> Path:
+    return draw.draw_speed(draw.against_maml(comparison), path)
+
+
+KINDS: dict[str, tuple[Callable[[Comparison], Table] | None, Callable[[Comparison, Path], Path], str]] = {
+    "ablation": (ablation_table, draw.draw_ablation, "Each repair by itself"),
+    "steps": (steps_table, draw.draw_steps, "By the number of inner steps"),
+    "stability": (None, draw.draw_stability, "Every seed, and the norm of the meta-gradient"),
+    "speed": (_speed_table, _draw_speed, "Over outer updates, and over the time of training"),
+}
+"""What draws each kind of figure, the table beside it, and what it shows."""
+
+
 def grid_items(grid: Path) -> list[Item]:
     """The tables and figures of a recorded grid, by what was run in it."""
     items = []
@@ -256,32 +271,15 @@ def grid_items(grid: Path) -> list[Item]:
         if not comparison.is_classification:
             items.append(Item([accuracy_table(comparison)]))
             continue
-        tables, figures = [], []
-        rows = sum(row.group is not None for row in ablation_rows(comparison))
-        steps, _ = steps_groups(comparison)
-        methods = {group.method for group in comparison.groups}
-        if len(steps) > 1:
-            tables.append(steps_table(comparison))
-            figures.append((place / f"steps-{comparison.slug}.png", "By the number of inner steps", draw.draw_steps))
-        elif rows >= 4:
-            tables.append(ablation_table(comparison))
-            figures.append((place / f"ablation-{comparison.slug}.png", "Each repair by itself", draw.draw_ablation))
-        else:
-            tables.append(accuracy_table(comparison))
-        tables.append(normalisation_table(comparison))
-        if len(comparison.groups) <= 4:
-            path = place / f"stability-{comparison.slug}.png"
-            figures.append((path, "Every seed, and the norm of the meta-gradient", draw.draw_stability))
-        if {"MAML", "MAML++"} <= methods:
-            tables.append(speed_table(draw.against_maml(comparison)))
-            path = place / f"speed-{comparison.slug}.png"
-            figures.append((path, "Over outer updates, and over the time of training", _draw_speed))
-        items.append(Item(tables, [(p, c, _drawing(d, comparison)) for p, c, d in figures]))
+        kinds = draw.fitting(comparison)
+        tables = [accuracy_table(comparison)] if not {"steps", "ablation"} & set(kinds) else []
+        figures = []
+        for kind in kinds:
+            table, function, caption = KINDS[kind]
+            tables += [] if table is None else [table(comparison)]
+            figures.append((place / f"{kind}-{comparison.slug}.png", caption, _drawing(function, comparison)))
+        items.append(Item([*tables, normalisation_table(comparison)], figures))
     return items
-
-
-def _draw_speed(comparison: Comparison, path: Path) -> Path:
-    return draw.draw_speed(draw.against_maml(comparison), path)
 
 
 def _drawing(function: Callable[[Comparison, Path], Path], comparison: Comparison) -> Callable[[Path], Path]:

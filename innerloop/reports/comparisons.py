@@ -3,7 +3,7 @@
 A grid of runs (``GRID/ROW/seed-S``) is given as its folder:
 
 >>> grid = Path("runs/ablation-omniglot-20way-1shot")
->>> write_ablation([grid], out=grid)  # doctest: +SKIP
+>>> write_grid([grid], out=grid)  # doctest: +SKIP
 
 Runs are found by their ``config.json``, also those that have not finished; what differs in nothing but the seed is one
 row. Runs of different tasks or schedules make files of their own.
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from innerloop.reports import comparison_panels as panels
 from innerloop.reports.files import write_text
@@ -25,11 +26,49 @@ from innerloop.reports.tables import (
     ablation_numbers,
     ablation_rows,
     ablation_table,
+    accuracy_table,
     normalisation_table,
+    per_step_table,
     speed_table,
     steps_groups,
     steps_table,
 )
+
+
+def write_grid(runs: Iterable[Path], out: Path) -> list[Path]:
+    """Every table and figure that says something about these runs: what ``innerloop ablate`` leaves in a grid's folder.
+
+    ``results.md`` always (accuracy, normalisations, inner steps); of ``write_ablation``, ``write_steps``,
+    ``write_stability`` and ``write_speed`` those that fit what was run. Takes, returns and raises what
+    ``write_ablation`` does.
+    """
+    written = []
+    for comparison, end in _each(runs):
+        tables = [accuracy_table(comparison), normalisation_table(comparison), per_step_table(comparison)]
+        text = "\n\n".join(table.markdown() for table in tables)
+        written.append(write_text(out / f"results{end}.md", f"{text}\n"))
+        for kind in fitting(comparison):
+            written += _WRITERS[kind](comparison, out, end)
+    return written
+
+
+Kind = Literal["ablation", "steps", "stability", "speed"]
+
+
+def fitting(comparison: Comparison) -> list[Kind]:
+    """Which figures say something about these groups."""
+    kinds: list[Kind] = []
+    if len(steps_groups(comparison)[0]) > 1:
+        kinds.append("steps")
+    elif sum(row.group is not None for row in ablation_rows(comparison)) >= 4:
+        kinds.append("ablation")
+    if not any(run.epochs for group in comparison.groups for run in group.runs):
+        return kinds
+    if len(comparison.groups) <= 4:
+        kinds.append("stability")
+    if {"MAML", "MAML++"} <= {group.method for group in comparison.groups}:
+        kinds.append("speed")
+    return kinds
 
 
 def write_ablation(runs: Iterable[Path], out: Path) -> list[Path]:
@@ -92,14 +131,15 @@ def write_steps(runs: Iterable[Path], out: Path) -> list[Path]:
 
     Takes, returns and raises what ``write_ablation`` does; where there is no MAML++ nothing is written.
     """
-    written = []
-    for comparison, end in _each(runs):
-        if steps_groups(comparison)[0]:
-            written += [
-                write_text(out / f"steps{end}.md", steps_table(comparison).markdown() + "\n"),
-                draw_steps(comparison, out / f"steps{end}.png"),
-            ]
-    return written
+    found = [(comparison, end) for comparison, end in _each(runs) if steps_groups(comparison)[0]]
+    return [path for comparison, end in found for path in _write_steps(comparison, out, end)]
+
+
+def _write_steps(comparison: Comparison, out: Path, end: str) -> list[Path]:
+    return [
+        write_text(out / f"steps{end}.md", steps_table(comparison).markdown() + "\n"),
+        draw_steps(comparison, out / f"steps{end}.png"),
+    ]
 
 
 def draw_steps(comparison: Comparison, path: Path) -> Path:
@@ -117,7 +157,11 @@ def write_stability(runs: Iterable[Path], out: Path) -> list[Path]:
 
     Takes, returns and raises what ``write_ablation`` does.
     """
-    return [draw_stability(comparison, out / f"stability{end}.png") for comparison, end in _each(runs)]
+    return [path for comparison, end in _each(runs) for path in _write_stability(comparison, out, end)]
+
+
+def _write_stability(comparison: Comparison, out: Path, end: str) -> list[Path]:
+    return [draw_stability(comparison, out / f"stability{end}.png")]
 
 
 def draw_stability(comparison: Comparison, path: Path) -> Path:
@@ -170,15 +214,17 @@ def write_speed(runs: Iterable[Path], out: Path) -> list[Path]:
     was first at 60, 70, 80, 90 and 95%. Of MAML and MAML++ if both were run, else of everything. Takes, returns and
     raises what ``write_ablation`` does.
     """
-    written = []
-    for comparison, end in _each(runs):
-        comparison = against_maml(comparison)
-        if any(run.epochs for group in comparison.groups for run in group.runs):
-            written += [
-                write_text(out / f"speed{end}.md", speed_table(comparison).markdown() + "\n"),
-                draw_speed(comparison, out / f"speed{end}.png"),
-            ]
-    return written
+    return [path for comparison, end in _each(runs) for path in _write_speed(comparison, out, end)]
+
+
+def _write_speed(comparison: Comparison, out: Path, end: str) -> list[Path]:
+    comparison = against_maml(comparison)
+    if not any(run.epochs for group in comparison.groups for run in group.runs):
+        return []
+    return [
+        write_text(out / f"speed{end}.md", speed_table(comparison).markdown() + "\n"),
+        draw_speed(comparison, out / f"speed{end}.png"),
+    ]
 
 
 def against_maml(comparison: Comparison) -> Comparison:
@@ -199,3 +245,11 @@ def draw_speed(comparison: Comparison, path: Path) -> Path:
         handles = panels.legend_handles(groups)
         figure.legend(handles=handles, loc="outside lower center", ncols=2 if len(groups) < 5 else 1)
     return path
+
+
+_WRITERS: dict[Kind, Callable[[Comparison, Path, str], list[Path]]] = {
+    "ablation": _write_ablation,
+    "steps": _write_steps,
+    "stability": _write_stability,
+    "speed": _write_speed,
+}

@@ -30,6 +30,7 @@ _WHERE = {
 }
 # What older records do not say, since it could not be otherwise.
 _DEFAULTS: dict[str, Any] = {
+    "data.centre": False,
     "compute.precision": "float32",
     **{f"method.{f.name}": f.default for f in fields(Method)},
 }

@@ -145,8 +145,7 @@ def test_schedules_and_tasks_are_never_in_one_table(tmp_path: Path) -> None:
     assert captions[1].endswith("50,000 outer updates (the paper's full schedule)")
     assert captions[2].startswith("Omniglot 20-way 5-shot")
     assert captions[4].endswith("test_tasks 100")
-    files = {path.name for path in comparisons.write_ablation([tmp_path], tmp_path / "out")}
-    assert len(files) == 15
+    assert len({end for _, end in comparisons._each([tmp_path])}) == 5  # files of their own
 
 
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:
@@ -301,11 +300,23 @@ def test_a_single_seed_has_the_interval_over_tasks(tmp_path: Path) -> None:
     assert axes.get_xlabel() == "training time, seconds"
 
 
-def test_stability_and_speed_are_drawn(grid: Path, tmp_path: Path) -> None:
-    write_run(grid / "maml" / "seed-7", [], seed=7)
-    (stability,) = comparisons.write_stability([grid], tmp_path)
-    text, speed = comparisons.write_speed([grid], tmp_path)
-    assert stability.read_bytes().startswith(PNG)
-    assert speed.read_bytes().startswith(PNG)
-    methods = {line.split("|")[1].strip() for line in text.read_text().splitlines() if line.startswith("| MAML")}
-    assert methods == {"MAML", "MAML++"}
+def test_a_grid_gets_what_fits_it(grid: Path, tmp_path: Path) -> None:
+    write_run(grid / "maml" / "seed-7", [], seed=7)  # diverged before its first epoch ended
+    written = comparisons.write_grid([grid], tmp_path / "out")
+    assert all(path.read_bytes().startswith(PNG) for path in written if path.suffix == ".png")
+    names = {path.name for path in written}
+    assert names == {
+        "results.md",
+        "ablation.md",
+        "ablation.csv",
+        "ablation.png",
+        "stability.png",
+        "speed.md",
+        "speed.png",
+    }
+    speed = (tmp_path / "out" / "speed.md").read_text().splitlines()
+    assert {line.split("|")[1].strip() for line in speed if line.startswith("| MAML")} == {"MAML", "MAML++"}
+    alone = write_run(tmp_path / "alone", [0.5], method="maml_plus_plus", test=0.9)
+    assert comparisons.fitting(one(alone)) == ["stability"]
+    write_run(tmp_path / "none", [])
+    assert comparisons.fitting(one(tmp_path / "none")) == []
