@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from innerloop.cli import train
-from innerloop.reports.comparisons import write_ablation, write_speed, write_stability, write_steps
+from innerloop.reports.comparisons import write_grid
 from innerloop.reports.page import write_report
 from innerloop.training.building import build_device, build_tasks
 from innerloop.training.config import PRESETS, Config, ConfigError, Count
@@ -27,13 +27,6 @@ from innerloop.training.progress import Progress
 from innerloop.training.run_folder import RunFolder
 from innerloop.training.trainer import InterruptedRunError
 from innerloop.training.workers import available_cores
-
-WRITERS: dict[str, tuple[Callable[[Iterable[Path], Path], list[Path]], ...]] = {
-    "ablation": (write_ablation, write_speed),
-    "steps": (write_steps,),
-    "strided": (write_stability, write_speed),
-}
-"""What is written of a grid, beside the report that every grid has."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +116,7 @@ def _write(grid: str, out: Path, progress: Progress) -> list[Path]:
     if not any(out.glob("*/*/metrics.jsonl")):
         return []
     with progress.waiting("drawing tables and figures"):
-        written = [path for write in WRITERS.get(grid, ()) for path in write([out], out)]
-        return written + write_report([out], out / "report", title=GRIDS[grid].about)[1]
+        return write_grid([out], out) + write_report([out], out / "report", title=GRIDS[grid].about)[1]
 
 
 @contextmanager
