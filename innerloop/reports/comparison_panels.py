@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from innerloop.reports import style
@@ -247,6 +247,7 @@ def curves_panel(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.4g}%"))
     else:
         axes.set_yscale("log")
+        plain_log_ticks(axes)
     axes.set_ylabel("validation accuracy" if classify else "validation loss (log scale)")
     axes.set_xlabel(_CLOCK_NAMES[clock].format(unit=unit))
     if clock == "epoch":
@@ -273,10 +274,23 @@ def norms_panel(axes: Axes, group: Group, look: GroupStyle) -> None:
             if kind == "gradient_norm_max" or run.status != "finished":
                 _mark_end(axes, run, times, values)
     axes.set_yscale("log")
+    plain_log_ticks(axes)
     axes.set_ylabel("norm of the meta-gradient\n(log scale)")
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     style.tidy(axes)
+
+
+def plain_log_ticks(axes: Axes) -> None:
+    """Plain numbers on a log axis that spans few decades, powers of ten on others."""
+    low, high = axes.get_ylim()
+    if low > 0 and math.log10(high / low) < 3:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    else:
+        axes.yaxis.set_major_locator(LogLocator())
+        axes.yaxis.set_major_formatter(LogFormatterMathtext())
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def steps_panel(axes: Axes, steps: dict[int, Group], five_step_maml: Group | None) -> None:

@@ -196,6 +196,8 @@ def draw_stability(comparison: Comparison, path: Path) -> Path:
             low, high = (end(axes.get_ylim()[place] for axes in rows) for place, end in ((0, min), (1, max)))
             for axes in rows:
                 axes.set_ylim(low, high)
+                if axes.get_yscale() == "log":
+                    panels.plain_log_ticks(axes)
         figure.suptitle("\n".join(textwrap.wrap(text, max(44 * across, 70))), fontsize=8, x=0.01, ha="left")
         handles = [*panels.legend_handles(groups), *panels.norm_handles()]
         figure.legend(handles=handles, loc="outside lower center", ncols=2 if across > 1 else 1)
