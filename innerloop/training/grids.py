@@ -49,6 +49,7 @@ class Grid:
 
 _MAML = Row("maml", "MAML", "maml")
 _MAML_PLUS_PLUS = Row("mamlpp", "MAML++", "maml_plus_plus")
+_ZERO_HEAD = ("--zero-init", "head.*")
 
 ABLATION = (
     _MAML,
@@ -84,17 +85,17 @@ GRIDS: dict[str, Grid] = {
         arguments=("--strided",),
     ),
     "recipe": Grid(
-        "what each change to the paper's recipe gives: a head of zeros, a larger initial inner rate",
+        "what changes to the paper's recipe give, one on top of the other",
         "omniglot-20way-1shot",
         (
             _MAML_PLUS_PLUS,
-            Row("zero-head", "MAML++, head of zeros", "maml_plus_plus", ("--zero-init", "head.*")),
-            Row("rate", "MAML++, inner rates from 0.4", "maml_plus_plus", ("--inner-lr", "0.4")),
+            Row("zero-head", "a head of zeros", "maml_plus_plus", _ZERO_HEAD),
+            Row("centre", "and centred drawings", "maml_plus_plus", (*_ZERO_HEAD, "--centre")),
             Row(
-                "zero-head-rate",
-                "MAML++, head of zeros, inner rates from 0.4",
+                "second-order",
+                "and second order throughout",
                 "maml_plus_plus",
-                ("--zero-init", "head.*", "--inner-lr", "0.4"),
+                (*_ZERO_HEAD, "--centre", "--da-epochs", "0"),
             ),
         ),
     ),
