@@ -12,6 +12,9 @@ from typing import Any, Literal
 Status = Literal["finished", "diverged", "unfinished"]
 """Tested at its end; stopped by a NaN or infinite loss; or going on, or stopped otherwise."""
 
+METRICS_VERSION = 2
+"""Of the records in ``metrics.jsonl``; those of version 1 say nothing of it and of skipped updates."""
+
 
 @dataclass(frozen=True)
 class EpochRecord:
@@ -190,6 +193,12 @@ def _epoch_record(fields: object, where: str) -> EpochRecord:
     """One parsed line as a record; ``where`` names it in errors."""
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: expected a JSON object, got {str(fields)[:80]!r}")
+    version = fields.get("version", 1)
+    if not isinstance(version, int) or version > METRICS_VERSION:
+        raise ValueError(
+            f"{where} has version {version!r}; this innerloop reads versions up to {METRICS_VERSION}. "
+            "Upgrade: pip install --upgrade innerloop"
+        )
     try:
         per_step = fields["val_accuracies_per_step"]
         return EpochRecord(

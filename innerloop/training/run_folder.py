@@ -32,8 +32,6 @@ from innerloop.training.checkpoints import (
 )
 from innerloop.training.config import CONFIG_VERSION, Config, ConfigError, config_from_json, config_to_json
 
-METRICS_VERSION = 2
-"""Version 1 had no version in it, and no skipped updates."""
 SUMMARY_VERSION = 1
 EVENTS_VERSION = 1
 EVENTS_BYTES = 256 * 1024
