@@ -115,9 +115,10 @@ def draw() -> None:
         axes.axvline(record["after_updates"], color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_ylim(0, 1.25 * max(megabytes))
         axes.set_xlim(0, record["updates"])
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel("outer updates")
         axes.set_ylabel("resident memory (MB)")
-        axes.set_title(f"{record['growth_megabytes']:+.1f} MB from update {record['after_updates']} to {updates[-1]:,}")
+        axes.set_title(f"{record['growth_megabytes']:+.1f} MB from update {record['after_updates']:,} to {updates[-1]:,}")
         tidy(axes)
 
 

@@ -130,6 +130,8 @@ def train(
         training = _Training(folder, config, workers, optimizer, progress, caught, ranks)
         if ranks.shared(lambda: folder.started):
             training.resume()
+        elif ranks.main:
+            folder.keep_metrics_until(0)  # it was killed before it had saved anything
         while training.done.epoch < config.outer.epochs:
             training.run_epoch()
             training.finish_epoch()
