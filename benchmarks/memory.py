@@ -118,7 +118,8 @@ def draw() -> None:
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel("outer updates")
         axes.set_ylabel("resident memory (MB)")
-        axes.set_title(f"{record['growth_megabytes']:+.1f} MB from update {record['after_updates']:,} to {updates[-1]:,}")
+        span = f"update {record['after_updates']:,} to {updates[-1]:,}"
+        axes.set_title(f"{record['growth_megabytes']:+.1f} MB from {span}")
         tidy(axes)
 
 
