@@ -19,8 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-FORMAT_VERSION = 2
-"""Version 1 had no checksum. A version is raised when an older reader would go wrong; it reads all that came before."""
+from innerloop.reports.formats import CHECKPOINT_VERSION, check_version
 
 _HEADER, _CHECKSUM = "innerloop", "blake2b"
 
@@ -35,22 +34,6 @@ class NewerFormatError(CheckpointError):
 
 class WriteError(OSError):
     """The disk is full, or a file cannot be written for another reason; what was there before is as it was."""
-
-
-def check_version(what: str, version: Any, newest: int, error: Callable[[str], Exception]) -> int:
-    """``version`` as a number, if this innerloop reads it: 1 .. ``newest``.
-
-    Raises:
-        what ``error`` makes of the message, naming ``what``.
-    """
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise error(f"{what} has version {version!r}, which is none; expected a whole number from 1 to {newest}")
-    if version > newest:
-        raise error(
-            f"{what} has version {version}, of a newer innerloop; this one reads versions up to {newest}. "
-            "Upgrade: pip install --upgrade innerloop"
-        )
-    return version
 
 
 def write_all(descriptor: int, data: bytes) -> None:
@@ -132,7 +115,7 @@ def save_checkpoint(
         WriteError: it could not be written; what was there before is as it was.
     """
     copies = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    header = json.dumps({"version": FORMAT_VERSION, **state})
+    header = json.dumps({"version": CHECKPOINT_VERSION, **state})
     data = save(copies, metadata={_HEADER: header, _CHECKSUM: _checksum(copies, header)})
 
     def keep() -> None:
@@ -177,8 +160,8 @@ def _state(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} is damaged: its state is not a JSON object")
     version = state.get("version")
-    newer = isinstance(version, int) and version > FORMAT_VERSION
-    check_version(str(path), version, FORMAT_VERSION, NewerFormatError if newer else CheckpointError)
+    newer = isinstance(version, int) and version > CHECKPOINT_VERSION
+    check_version(str(path), version, CHECKPOINT_VERSION, NewerFormatError if newer else CheckpointError)
     return state
 
 

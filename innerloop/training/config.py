@@ -16,10 +16,6 @@ Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-CONFIG_VERSION = 2
-"""Raised with every new setting: an older reader cannot run what it does not know. A setting that an older file lacks
-has its default, which is what was done before there was the setting."""
-
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message says what to change."""

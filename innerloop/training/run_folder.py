@@ -1,8 +1,7 @@
 """A run is a folder: config.json, metrics.jsonl, events.jsonl, checkpoints/, summary.json, figures/.
 
-Every file has a version. Readers take their own version and all before it, and refuse later ones with a word on
-upgrading. Fields that a reader does not know it passes over, except in config.json: an unknown setting would mean
-another run than the one described, and is refused.
+Every file has a version (``reports.formats``). Fields that a reader does not know it passes over, except in
+config.json: an unknown setting would mean another run than the one described, and is refused.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from innerloop.reports.formats import CONFIG_VERSION, EVENTS_VERSION, check_version
 from innerloop.training.checkpoints import (
     CheckpointError,
     NewerFormatError,
-    check_version,
     load_checkpoint,
     remove_leftovers,
     save_checkpoint,
@@ -30,10 +29,8 @@ from innerloop.training.checkpoints import (
     write_error,
     write_json,
 )
-from innerloop.training.config import CONFIG_VERSION, Config, ConfigError, config_from_json, config_to_json
+from innerloop.training.config import Config, ConfigError, config_from_json, config_to_json
 
-SUMMARY_VERSION = 1
-EVENTS_VERSION = 1
 EVENTS_BYTES = 256 * 1024
 """events.jsonl grows no further: the older half is dropped."""
 

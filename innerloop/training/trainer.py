@@ -18,7 +18,7 @@ from innerloop import schedules
 from innerloop.data import TaskSource
 from innerloop.learner import MetaLearner, NonFiniteLossError
 from innerloop.network import random_state, set_random_state
-from innerloop.reports.records import METRICS_VERSION
+from innerloop.reports.formats import METRICS_VERSION, SUMMARY_VERSION
 from innerloop.training.building import build_device, build_learner, build_tasks, build_workers
 from innerloop.training.checkpoints import CheckpointError, load_checkpoint, save_checkpoint, write_json
 from innerloop.training.config import Config
@@ -27,7 +27,7 @@ from innerloop.training.distributed import ALONE, Ranks
 from innerloop.training.environment import environment
 from innerloop.training.evaluation import Evaluation, TestResult, evaluate, evaluate_checkpoints, score
 from innerloop.training.progress import Progress
-from innerloop.training.run_folder import SUMMARY_VERSION, RunFolder
+from innerloop.training.run_folder import RunFolder
 from innerloop.training.workers import Workers
 from innerloop.update_rules import Tensors
 
