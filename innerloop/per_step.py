@@ -93,6 +93,16 @@ class Statistics(NamedTuple):
         """A copy for each task of a meta-batch, along a new first dimension."""
         return Statistics(*({n: t.expand(tasks, *t.shape).clone() for n, t in group.items()} for group in self))
 
+    def copied(self) -> Statistics:
+        """A copy with memory of its own."""
+        return Statistics(*({n: t.clone() for n, t in group.items()} for group in self))
+
+    def assign(self, other: Statistics) -> None:
+        """Take over other values, in place."""
+        for own, values in zip(self, other, strict=True):
+            for name, value in own.items():
+                value.copy_(values[name])
+
     def assign_mean(self, tasks: Statistics) -> None:
         """Take over, in place, what the tasks of a meta-batch left behind (``[T, ...]``): the mean of their copies.
 

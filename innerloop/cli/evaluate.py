@@ -62,7 +62,7 @@ def _run(arguments: Sequence[str], ranks: Ranks) -> int:
     chosen = parsed(EvaluateArguments, arguments, "innerloop evaluate")
     folder = RunFolder(chosen.run)
     preset, config = ranks.shared(folder.read_config)
-    epochs = ranks.shared(lambda: best_epochs(folder) if folder.latest.exists() else [])
+    epochs, damage = ranks.shared(lambda: best_epochs(folder) if folder.started else ([], []))
     if not epochs:
         raise ConfigError(f"{chosen.run} has no finished epoch to test; go on: innerloop train --resume {chosen.run}")
     if to_be_launched(chosen.devices, ranks):
@@ -73,6 +73,8 @@ def _run(arguments: Sequence[str], ranks: Ranks) -> int:
         compute=replace(config.compute, device=chosen.device, threads=chosen.threads, processes=chosen.processes),
     )
     progress = Progress(shown=ranks.main and not chosen.json)
+    for what in damage if ranks.main else ():
+        progress.warn(what)
     device = build_device(config, ranks)
     with ranks.first_on_each_machine():
         source = build_tasks(config, device, progress=progress.shown)

@@ -34,7 +34,7 @@ COMMANDS = ("train", "evaluate", "ablate", "report", "presets", "adapt", "predic
 """Each a module of this package with a function ``run(arguments)`` that returns the exit code."""
 
 # Exit codes, as said in the README: 2 is also what the argument parser itself exits with.
-OK, FAILED, BAD_INPUT, DIVERGED = 0, 1, 2, 3
+OK, FAILED, BAD_INPUT, DIVERGED, CANNOT_WRITE = 0, 1, 2, 3, 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     # Heavy imports come after the cheap mistakes.
     command = import_module(f"innerloop.cli.{name}")
+    from innerloop.training.checkpoints import WriteError
     from innerloop.training.trainer import DivergedError, InterruptedRunError
     from innerloop.training.workers import WorkerError
 
@@ -73,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output went away, as `| head` does; what else is written goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except WriteError as error:
+        return _fail(str(error), CANNOT_WRITE)
     except (ValueError, OSError) as error:
         # Everything a user can mend is one of these: its message says how.
         return _fail(str(error))

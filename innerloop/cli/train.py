@@ -204,4 +204,4 @@ def differences(stored: Config, asked: Config) -> list[str]:
     ]
 
 
-_MAY_CHANGE = {"data", "splits_dir", "skip_broken", "download"}
+_MAY_CHANGE = {"data", "splits_dir", "skip_broken", "download", "on_divergence", "max_skips", "max_rollbacks"}

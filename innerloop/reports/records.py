@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from innerloop.reports.formats import CONFIG_VERSION, METRICS_VERSION, SUMMARY_VERSION, check_version
+
 Status = Literal["finished", "diverged", "unfinished"]
 """Tested at its end; stopped by a NaN or infinite loss; or going on, or stopped otherwise."""
 
@@ -133,9 +135,9 @@ def read_started_run(run: Path) -> RunRecords:
     Raises:
         ValueError: a file that is not what a run writes.
     """
-    document = _read_json(run / "config.json")
+    document = _read_json(run / "config.json", CONFIG_VERSION)
     config = document.get("config")
-    summary = _read_json(run / "summary.json") or None
+    summary = _read_json(run / "summary.json", SUMMARY_VERSION) or None
     return RunRecords(
         name=run.resolve().name,
         config=config if isinstance(config, dict) else {},
@@ -167,15 +169,18 @@ def _read_epochs(path: Path) -> list[EpochRecord]:
     return [epochs[epoch] for epoch in sorted(epochs)]
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON object; empty where there is no file."""
+def _read_json(path: Path, newest: int = 1) -> Mapping[str, Any]:
+    """A JSON object of a version up to ``newest``; empty where there is no file."""
     if not path.exists():
         return {}
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    return document if isinstance(document, dict) else {}
+    if not isinstance(document, dict):
+        return {}
+    check_version(str(path), document.get("version", 1), newest)
+    return document
 
 
 def _status_in_grid(run: Path) -> Status:
@@ -190,6 +195,7 @@ def _epoch_record(fields: object, where: str) -> EpochRecord:
     """One parsed line as a record; ``where`` names it in errors."""
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: expected a JSON object, got {str(fields)[:80]!r}")
+    check_version(where, fields.get("version", 1), METRICS_VERSION)
     try:
         per_step = fields["val_accuracies_per_step"]
         return EpochRecord(

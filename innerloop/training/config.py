@@ -16,8 +16,6 @@ Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-CONFIG_VERSION = 1
-
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message says what to change."""
@@ -95,6 +93,13 @@ class OuterConfig:
     """Where cosine annealing ends."""
     clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Clamp every element of the meta-gradient to +-clip (0: do not)."""
+    on_divergence: Literal["stop", "skip", "rollback"] = "stop"
+    """At a NaN or infinite loss or meta-gradient: stop; skip the update; or go back to the epoch's start with half
+    the outer rate."""
+    max_skips: Positive = 10
+    """Updates skipped in a row before the run stops after all."""
+    max_rollbacks: Positive = 5
+    """Times a run goes back before it stops after all."""
 
 
 @dataclass(frozen=True)

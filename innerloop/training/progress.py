@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -36,6 +37,12 @@ class Progress:
     def __init__(self, shown: bool = True) -> None:
         self.shown = shown
         self.console = Console(stderr=True, quiet=not shown)
+
+    def warn(self, message: str) -> None:
+        """Something that went wrong and is to be seen whether or not progress is."""
+        self.console.quiet = False
+        self.console.print(f"[bold yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
+        self.console.quiet = not self.shown
 
     @contextmanager
     def task(self, name: str, total: int, completed: int = 0) -> Iterator[Bar]:

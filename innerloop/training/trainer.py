@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
@@ -17,9 +17,12 @@ import torch
 from innerloop import schedules
 from innerloop.data import TaskSource
 from innerloop.learner import MetaLearner, NonFiniteLossError
+from innerloop.network import random_state, set_random_state
+from innerloop.reports.formats import METRICS_VERSION, SUMMARY_VERSION
 from innerloop.training.building import build_device, build_learner, build_tasks, build_workers
-from innerloop.training.checkpoints import load_checkpoint, save_checkpoint, write_json
+from innerloop.training.checkpoints import CheckpointError, load_checkpoint, save_checkpoint, write_json
 from innerloop.training.config import Config
+from innerloop.training.diagnosis import first_non_finite
 from innerloop.training.distributed import ALONE, Ranks
 from innerloop.training.environment import environment
 from innerloop.training.evaluation import Evaluation, TestResult, evaluate, evaluate_checkpoints, score
@@ -54,6 +57,13 @@ class EpochSums:
     gradient_norm: float = 0.0
     gradient_norm_max: float = 0.0
     seconds: float = 0.0
+    skipped: int = 0
+    """Iterations without an update, which diverged; they count in no other sum."""
+
+    @property
+    def updates(self) -> int:
+        """Iterations that the sums are over."""
+        return self.iterations - self.skipped
 
 
 @dataclass
@@ -65,6 +75,18 @@ class Progression:
     sums: EpochSums = field(default_factory=EpochSums)
     best: list[tuple[float, int]] = field(default_factory=list)
     """(validation score, epoch) of the checkpoints kept, the best first; higher is better."""
+    rate_factor: float = 1.0
+    """On the outer rate: halved whenever the run rolls back."""
+    rollbacks: int = 0
+    skips_in_a_row: int = 0
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Progression:
+        """What ``asdict`` wrote. What an older version lacks has its default; what is unknown is passed over."""
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        sums = {f.name: known["sums"][f.name] for f in fields(EpochSums) if f.name in known["sums"]}
+        best = [(value, epoch) for value, epoch in known["best"]]
+        return cls(**{**known, "sums": EpochSums(**sums), "best": best})
 
 
 class FinishedRun(NamedTuple):
@@ -87,6 +109,9 @@ def train(
         DivergedError: a loss or the meta-gradient became NaN or infinite; the last good checkpoint is kept.
         InterruptedRunError: SIGINT or SIGTERM came, to whichever rank; the state is saved.
         WorkerError: a worker process or a rank is gone.
+        CheckpointError: no saved state, or none of the best checkpoints, can be read.
+        WriteError: the disk is full, say; the last good state is kept.
+        ConfigError: another process is training this run.
     """
     device = build_device(config, ranks)
     with ranks.first_on_each_machine():
@@ -95,19 +120,27 @@ def train(
     optimizer = torch.optim.Adam(learner.parameters(), lr=config.outer.outer_lr)
     ranks.shared(lambda: None if folder.created else folder.create(preset, config))
     progress.console.print(f"run folder: {folder.path}", highlight=False, soft_wrap=True)
-    with _signals_noted() as caught, build_workers(config, learner, source, device, ranks) as workers:
+    with (
+        ExitStack() as locked,
+        _signals_noted() as caught,
+        build_workers(config, learner, source, device, ranks) as workers,
+    ):
+        ranks.shared(lambda: locked.enter_context(folder.one_writer()))
         measured_on = environment(device, workers.count)
         training = _Training(folder, config, workers, optimizer, progress, caught, ranks)
-        if ranks.shared(folder.latest.exists):
-            training.load()
+        if ranks.shared(lambda: folder.started):
+            training.resume()
+        elif ranks.main:
+            folder.keep_metrics_until(0)  # it was killed before it had saved anything
         while training.done.epoch < config.outer.epochs:
             training.run_epoch()
             training.finish_epoch()
-        result = training.test()
+        if ranks.main:
+            folder.tidy(ended=True)
+        best, result = training.test()
     done = training.done
-    best = [epoch for _, epoch in done.best]
     summary = {
-        "version": 1,
+        "version": SUMMARY_VERSION,
         "title": f"{preset}, {config.data.dataset}",
         "preset": preset,
         "command": command,
@@ -145,16 +178,18 @@ class _Training:
 
     def run_epoch(self) -> None:
         """The outer loop's iterations of one epoch, from where it stands."""
-        outer, done, sums = self.config.outer, self.done, self.done.sums
+        outer, started_at = self.config.outer, self.done.sums.iterations
+        if outer.on_divergence == "rollback":
+            self._keep_epoch_start()
         last_save = time.monotonic()
-        with self.progress.task(f"epoch {done.epoch + 1}/{outer.epochs}", outer.iterations, sums.iterations) as bar:
-            while sums.iterations < outer.iterations:
+        with self.progress.task(f"epoch {self.done.epoch + 1}/{outer.epochs}", outer.iterations, started_at) as bar:
+            while (before := self.done.sums.iterations) < outer.iterations:
                 started = time.monotonic()
-                self._outer_update(done.epoch * outer.iterations + sums.iterations)
+                self._outer_update(self.done.epoch * outer.iterations + before)
                 elapsed = time.monotonic() - started
-                sums.seconds += elapsed
-                done.seconds += elapsed
-                bar.advance(1, self._status())
+                self.done.sums.seconds += elapsed
+                self.done.seconds += elapsed
+                bar.advance(self.done.sums.iterations - before, self._status())
                 stop = self.ranks.agreed(self.caught)
                 if stop or time.monotonic() - last_save > SAVE_EVERY_SECONDS:
                     self.save()
@@ -165,17 +200,22 @@ class _Training:
     def _outer_update(self, iteration: int) -> None:
         """One meta-batch: its meta-gradient, and a step of the outer optimiser."""
         outer, sums = self.config.outer, self.done.sums
-        self.optimizer.param_groups[0]["lr"] = outer_rate(self.config, iteration)
+        self.optimizer.param_groups[0]["lr"] = outer_rate(self.config, iteration) * self.done.rate_factor
         first = iteration * outer.meta_batch
+        statistics = self.learner.statistics.copied() if outer.on_divergence == "skip" else None
         try:
             result, targets = self.workers.backward(first, outer.meta_batch, self.done.epoch)
         except NonFiniteLossError as error:
-            raise self._diverged(iteration, str(error)) from None
+            self._diverged(iteration, str(error), error.task)
+            return
         gradients = {n: p.grad for n, p in self.learner.named_parameters() if p.grad is not None}
         norm = float(torch.nn.utils.get_total_norm(gradients.values()))
         if not math.isfinite(norm):
             names = [n for n, g in gradients.items() if not g.isfinite().all()]
-            raise self._diverged(iteration, f"the meta-gradient of {', '.join(names)} is not finite")
+            if statistics is not None:
+                self.learner.statistics.assign(statistics)
+            self._diverged(iteration, f"the meta-gradient of {', '.join(names)} is not finite")
+            return
         if outer.clip:  # as MAML++ does on mini-ImageNet
             torch.nn.utils.clip_grad_value_(self.learner.parameters(), outer.clip)
         self.optimizer.step()
@@ -187,6 +227,7 @@ class _Training:
             sums.accuracy += score(result.query_outputs, targets, False).accuracy or 0.0
         sums.gradient_norm += norm
         sums.gradient_norm_max = max(sums.gradient_norm_max, norm)
+        self.done.skips_in_a_row = 0
 
     def finish_epoch(self) -> None:
         """Validate, write the epoch's metrics, keep its checkpoint if it is among the best, and save the state."""
@@ -197,7 +238,7 @@ class _Training:
         value = -record["val_loss"] if record["val_accuracy"] is None else record["val_accuracy"]
         value = value if math.isfinite(value) else -math.inf
         ranked = sorted([*done.best, (value, done.epoch)], key=lambda b: (-b[0], -b[1]))
-        done.best, dropped = ranked[:members], ranked[members:]
+        done.best = ranked[:members]
         if not self.ranks.main:
             return
         if (value, done.epoch) in done.best:
@@ -205,8 +246,7 @@ class _Training:
             save_checkpoint(folder.epoch_checkpoint(done.epoch), self.learner.state_dict(), state)
         folder.append_metrics(record)
         self.save()
-        for _, epoch in dropped:
-            folder.epoch_checkpoint(epoch).unlink(missing_ok=True)
+        folder.tidy()
         self.progress.epoch(record, self.config.outer.epochs)
 
     def _validate(self) -> Evaluation:
@@ -224,9 +264,16 @@ class _Training:
                 self.workers, "val", tasks, steps=steps, regression=regression, normalisations=("batch",), tick=tick
             )
 
-    def test(self) -> TestResult:
-        """Test the checkpoints best on validation. The state was saved when the last epoch ended."""
-        tasks, epochs = self.config.evaluation.test_tasks, [epoch for _, epoch in self.done.best]
+    def test(self) -> tuple[list[int], TestResult]:
+        """Test the checkpoints best on validation, those of them that are whole, and say which epochs they are of.
+
+        The state was saved when the last epoch ended.
+        """
+        tasks = self.config.evaluation.test_tasks
+        best = [epoch for _, epoch in self.done.best]
+        epochs, damage = self.ranks.shared(lambda: self.folder.usable(best))
+        for what in damage:
+            self.warn("damaged", f"{what}. Tested without it")
         with self.progress.task("test", tasks * len(epochs)) as bar:
 
             def tick(done: int) -> None:
@@ -236,31 +283,34 @@ class _Training:
 
             steps, regression = self.config.test_steps, self.config.regression
             checkpoints = best_checkpoints(self.folder, epochs, self.ranks)
-            return evaluate_checkpoints(
+            return epochs, evaluate_checkpoints(
                 self.workers, checkpoints, "test", tasks, steps=steps, regression=regression, tick=tick
             )
 
     def _metrics(self, validation: Evaluation) -> dict[str, Any]:
         config, done, sums, last = self.config, self.done, self.done.sums, validation.last["batch"]
         iterations = done.epoch * config.outer.iterations + sums.iterations
+        updates = sums.updates or math.nan  # an epoch without an update has no mean
         first_order = self.learner.mode == "first-order"
         return {
+            "version": METRICS_VERSION,
             "epoch": done.epoch + 1,
             "iterations": iterations,
             "seconds": round(done.seconds, 3),
             "tasks_per_second": round(self._speed(), 2),
-            "outer_lr": outer_rate(config, iterations - 1),
+            "outer_lr": outer_rate(config, iterations - 1) * done.rate_factor,
             "derivative_order": 1 if first_order else config.method.derivative_order(done.epoch),
             "loss_weights": config.method.loss_weights(done.epoch),
-            "train_loss": sums.loss / sums.iterations,
-            "train_accuracy": None if config.regression else sums.accuracy / sums.iterations,
+            "skipped_updates": sums.skipped,
+            "train_loss": sums.loss / updates,
+            "train_accuracy": None if config.regression else sums.accuracy / updates,
             "val_loss": last.loss,
             "val_accuracy": last.accuracy,
             "val_interval": last.interval,
             "val_tasks": last.tasks,
             "val_losses_per_step": [s.loss for s in validation.per_step],
             "val_accuracies_per_step": None if config.regression else [s.accuracy for s in validation.per_step],
-            "gradient_norm_mean": sums.gradient_norm / sums.iterations,
+            "gradient_norm_mean": sums.gradient_norm / updates,
             "gradient_norm_max": sums.gradient_norm_max,
             "rates": inner_rates(self.learner),
         }
@@ -271,47 +321,120 @@ class _Training:
 
     def _status(self) -> str:
         sums = self.done.sums
-        status = f"{self._speed():.1f} tasks/s  loss {sums.loss / sums.iterations:.3f}"
-        return status + ("" if self.config.regression else f"  accuracy {sums.accuracy / sums.iterations:.1%}")
+        if not sums.updates:
+            return ""
+        status = f"{self._speed():.1f} tasks/s  loss {sums.loss / sums.updates:.3f}"
+        return status + ("" if self.config.regression else f"  accuracy {sums.accuracy / sums.updates:.1%}")
 
-    def _diverged(self, iteration: int, what: str) -> DivergedError:
-        kept = f"The last good checkpoint is {self.folder.latest}. " if self.folder.latest.exists() else ""
-        return DivergedError(
-            f"stopped at iteration {iteration + 1}: {what}. {kept}A smaller --inner-lr or --outer-lr, or --clip 10, "
-            "usually helps; LSLR (--lslr) and MSL (--msl) make it rarer."
+    def _diverged(self, iteration: int, what: str, task: int | None = None) -> None:
+        """Find out what went first, and skip the update, roll back or stop.
+
+        Raises:
+            DivergedError: that is the policy, or the end of its bounds.
+        """
+        outer, done = self.config.outer, self.done
+        self.optimizer.zero_grad()
+        tasks = self.workers.source.meta_batch("train", iteration * outer.meta_batch, outer.meta_batch)
+        first = first_non_finite(self.learner, tasks, done.epoch, task)
+        what = f"{what}; {first}" if first else what
+        record: dict[str, Any] = {
+            "epoch": done.epoch + 1,
+            "iteration": iteration + 1,
+            "first": asdict(first) if first else None,
+        }
+        if outer.on_divergence == "skip" and done.skips_in_a_row < outer.max_skips:
+            done.skips_in_a_row += 1
+            done.sums.iterations += 1
+            done.sums.skipped += 1
+            self.warn("skipped", f"skipped the update of iteration {iteration + 1}: {what}", **record)
+            return
+        if outer.on_divergence == "rollback" and done.rollbacks < outer.max_rollbacks:
+            tensors, values = self.ranks.shared(lambda: load_checkpoint(self.folder.epoch_start))
+            self._take(tensors, values)
+            self.done.rate_factor = done.rate_factor / 2
+            self.done.rollbacks, self.done.seconds = done.rollbacks + 1, done.seconds
+            self.save()
+            back = f"rolled back from iteration {iteration + 1} to the start of epoch {self.done.epoch + 1}"
+            record["rate_factor"] = self.done.rate_factor
+            self.warn("rolled back", f"{back}, outer rate times {self.done.rate_factor:g}: {what}", **record)
+            return
+        tried = {"skip": f" after {done.skips_in_a_row} skips", "rollback": f" after {done.rollbacks} rollbacks"}
+        stopped = f"stopped at iteration {iteration + 1}{tried.get(outer.on_divergence, '')}: {what}"
+        if self.ranks.main:
+            self.folder.note("diverged", stopped, **record)
+        kept = f"The last good checkpoint is {self.folder.latest}. " if self.folder.started else ""
+        raise DivergedError(
+            f"{stopped}. {kept}A smaller --inner-lr or --outer-lr, or --clip 10, usually helps; LSLR (--lslr) and MSL "
+            "(--msl) make it rarer; --on-divergence skip or rollback goes on."
         )
 
-    def save(self) -> None:
-        """Write the latest checkpoint: weights, optimiser, generators, and how far training is."""
+    def _keep_epoch_start(self) -> None:
+        """Keep the state that a diverged epoch is to roll back to: a moment that does not depend on the clock.
+
+        In the middle of an epoch it is there already, unless the run went on with this policy or from an older state.
+        """
         if not self.ranks.main:
             return
+        if self.done.sums.iterations:
+            with suppress(CheckpointError, FileNotFoundError):
+                if load_checkpoint(self.folder.epoch_start)[1]["epoch"] == self.done.epoch:
+                    return
+        save_checkpoint(self.folder.epoch_start, self._tensors(), asdict(self.done))
+
+    def save(self) -> None:
+        """Write the state: weights, optimiser, generators, and how far training is."""
+        if self.ranks.main:
+            self.folder.save_state(self._tensors(), asdict(self.done))
+
+    def _tensors(self) -> Tensors:
         tensors = {f"learner/{name}": t for name, t in self.learner.state_dict().items()}
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{slot}": t for slot, t in slots.items()}
-        tensors["random/cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["random/cuda"] = torch.cuda.get_rng_state()
-        save_checkpoint(self.folder.latest, tensors, asdict(self.done))
+        generators = random_state(self._device)
+        return tensors | {f"random/{kind}": t for kind, t in zip(("cpu", "cuda"), generators, strict=False)}
 
-    def load(self) -> None:
-        """Take over the latest checkpoint."""
-        tensors, state = self.ranks.shared(lambda: load_checkpoint(self.folder.latest))
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.learner.parameters())).device
+
+    def resume(self) -> None:
+        """Go on from the last state that is whole."""
+        state = self.ranks.shared(self.folder.load_state)
+        self._take(state.tensors, state.values)
+        at = f"epoch {self.done.epoch + 1}, iteration {self.done.sums.iterations + 1}"
+        if self.ranks.main:
+            self.folder.set_aside_damage(state)
+            self.folder.keep_metrics_until(self.done.epoch)
+            self.folder.tidy()
+            self.folder.note("resumed", f"went on at {at}", checkpoint=state.path.name)
+        if state.damage:
+            self.warn("damaged", f"{state.damage} ({at})")
+
+    def _take(self, tensors: Tensors, values: Mapping[str, Any]) -> None:
+        """Take over a saved state."""
         learned = {n.removeprefix("learner/"): t for n, t in tensors.items() if n.startswith("learner/")}
         self.learner.load_state_dict(learned)
         slots: dict[int, Tensors] = {}
+        parameters = self.optimizer.param_groups[0]["params"]
         for name, tensor in tensors.items():
             if name.startswith("optimizer/"):
                 _, index, slot = name.split("/")
+                parameter = parameters[int(index)]
+                if tensor.shape == parameter.shape:
+                    # Laid out in memory as Adam does it: elementwise operations on two layouts round otherwise.
+                    tensor = torch.empty_like(parameter).copy_(tensor)
                 slots.setdefault(int(index), {})[slot] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        torch.set_rng_state(tensors["random/cpu"].cpu())
-        if torch.cuda.is_available() and "random/cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random/cuda"].cpu())
-        best = [(value, epoch) for value, epoch in state["best"]]
-        self.done = Progression(state["epoch"], state["seconds"], EpochSums(**state["sums"]), best)
+        generators = [tensors[name].cpu() for name in ("random/cpu", "random/cuda") if name in tensors]
+        set_random_state(generators, self._device if len(generators) > 1 else torch.device("cpu"))
+        self.done = Progression.from_json(values)
+
+    def warn(self, event: str, message: str, **details: Any) -> None:
+        """Say what went wrong, on the console and in the run's events."""
         if self.ranks.main:
-            self.folder.keep_metrics_until(self.done.epoch)
+            self.folder.note(event, message, **details)
+            self.progress.warn(message)
 
 
 def inner_rates(learner: MetaLearner) -> dict[str, list[float]]:
@@ -337,9 +460,15 @@ def best_checkpoints(folder: RunFolder, epochs: list[int], ranks: Ranks = ALONE)
         yield ranks.shared(partial(load_checkpoint, folder.epoch_checkpoint(epoch)))[0]
 
 
-def best_epochs(folder: RunFolder) -> list[int]:
-    """Epochs whose checkpoints are kept, the best on validation first."""
-    return [epoch for _, epoch in load_checkpoint(folder.latest)[1]["best"]]
+def best_epochs(folder: RunFolder) -> tuple[list[int], list[str]]:
+    """Epochs whose checkpoints are kept and whole, the best on validation first; and what is wrong with others.
+
+    Raises:
+        CheckpointError: the run's states cannot be read, or none of its best checkpoints.
+    """
+    state = folder.load_state()
+    good, damage = folder.usable([epoch for _, epoch in state.values["best"]])
+    return good, [*([state.damage] if state.damage else []), *(f"{what}. Tested without it" for what in damage)]
 
 
 @contextmanager

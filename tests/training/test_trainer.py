@@ -3,66 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from small_runs import StoppingProgress, records, small, start
 
 from innerloop.training.checkpoints import load_checkpoint
-from innerloop.training.config import PRESETS, Config, ConfigError
-from innerloop.training.progress import Bar, Progress
+from innerloop.training.config import ConfigError
+from innerloop.training.progress import Progress
 from innerloop.training.run_folder import RunFolder
 from innerloop.training.trainer import DivergedError, InterruptedRunError, outer_rate, train
-
-
-def small(method: str = "maml_plus_plus", **settings: object) -> Config:
-    config = PRESETS["sinusoid"].config(method)
-    return replace(
-        config,
-        method=replace(config.method, inner_steps=2, msl_epochs=2, da_epochs=1, **settings),
-        outer=replace(config.outer, epochs=3, iterations=7, meta_batch=3),
-        evaluation=replace(config.evaluation, val_tasks=5, test_tasks=6, test_steps=3, ensemble=2),
-    )
-
-
-def start(path: Path, config: Config) -> RunFolder:
-    folder = RunFolder(path)
-    folder.create("sinusoid", config)
-    return folder
-
-
-def records(folder: RunFolder) -> list[dict[str, object]]:
-    """The metrics without what a clock measured."""
-    clock = ("seconds", "tasks_per_second")
-    return [
-        {k: v for k, v in json.loads(line).items() if k not in clock}
-        for line in folder.metrics.read_text().splitlines()
-    ]
-
-
-class StoppingProgress(Progress):
-    """Sends this process a signal at the n-th step of any bar."""
-
-    def __init__(self, at: int, number: signal.Signals = signal.SIGINT) -> None:
-        super().__init__(shown=False)
-        self.left, self.number = at, number
-
-    @contextmanager
-    def task(self, name: str, total: int, completed: int = 0) -> Iterator[Bar]:
-        outer = self
-
-        class Stop(Bar):
-            def advance(self, steps: int = 1, status: str = "") -> None:
-                outer.left -= 1
-                if outer.left == 0:
-                    os.kill(os.getpid(), outer.number)
-
-        yield Stop(None)
 
 
 def test_a_run_folder_holds_what_it_promises(tmp_path: Path) -> None:
@@ -80,7 +33,11 @@ def test_a_run_folder_holds_what_it_promises(tmp_path: Path) -> None:
     assert summary["command"] == "the command"
     assert len(summary["best_epochs"]) == summary["test"]["members"] == 2
     kept = {p.name for p in (folder.path / "checkpoints").iterdir()}
-    assert kept == {"latest.safetensors", *(f"epoch-{e:04d}.safetensors" for e in summary["best_epochs"])}
+    assert kept == {
+        "latest.safetensors",
+        "previous.safetensors",
+        *(f"epoch-{e:04d}.safetensors" for e in summary["best_epochs"]),
+    }
     losses = {line["epoch"]: line["val_loss"] for line in lines}
     assert summary["best_epochs"] == sorted(losses, key=lambda e: losses[e])[:2]
 
@@ -155,5 +112,8 @@ def test_an_existing_folder_and_a_folder_that_is_no_run_are_refused(tmp_path: Pa
         with pytest.raises(ConfigError, match="not a run's config"):
             RunFolder(tmp_path).read_config()
     (tmp_path / "config.json").write_text('{"version": 9, "preset": "x", "config": {}}')
-    with pytest.raises(ConfigError, match="version 9"):
+    with pytest.raises(ConfigError, match=r"version 9, of a newer innerloop.*Upgrade"):
+        RunFolder(tmp_path).read_config()
+    (tmp_path / "config.json").write_text('{"version": "1", "preset": "x", "config": {}}')
+    with pytest.raises(ConfigError, match="version '1', which is none"):
         RunFolder(tmp_path).read_config()
