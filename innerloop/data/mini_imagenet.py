@@ -37,6 +37,9 @@ _PICKLES: tuple[dict[Split, str], ...] = (
     },
 )
 
+MAX_IMAGES = 100_000
+"""In a pickled split; mini-ImageNet's largest has 38,400. Small pictures made large fill memory."""
+
 Listed = dict[Split, dict[str, list[ImageSource]]]
 
 
@@ -140,11 +143,14 @@ def _rows(table: Path) -> list[tuple[str, str]]:
     """The (file name, label) rows of a Ravi & Larochelle CSV file."""
     if not table.is_file():
         raise FileNotFoundError(f"{str(table)!r} does not exist; train.csv, val.csv and test.csv belong together")
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if not {"filename", "label"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{str(table)!r} must have the columns filename,label; it has {reader.fieldnames}")
-        rows = [(row["filename"] or "", row["label"] or "") for row in reader]
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if not {"filename", "label"} <= set(reader.fieldnames or ()):
+                raise ValueError(f"{str(table)!r} must have the columns filename,label; it has {reader.fieldnames}")
+            rows = [(row["filename"] or "", row["label"] or "") for row in reader]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(table)!r} is not a CSV file in UTF-8: {error}") from None
     for line, (filename, label) in enumerate(rows, start=2):
         if not filename or not label or Path(filename).name != filename:
             raise ValueError(
@@ -168,19 +174,27 @@ def _read_split_pickle(path: Path, size: int) -> ClassImages:
             rows = {str(name): np.ravel(of_class) for name, of_class in content["class_dict"].items()}
         elif {"data", "labels"} <= content.keys():
             pixels = _uint8_images(content["data"], path)
-            labels = np.asarray(content["labels"])
+            labels = np.ravel(content["labels"])
+            if len(labels) != len(pixels) or labels.dtype.kind not in "iu":
+                raise ValueError(f"{str(path)!r} must have a whole number as the label of each of {len(pixels)} images")
             names = {int(c): str(name) for name, c in (content.get("catname2label") or {}).items()}
-            rows = {names.get(int(c), f"class{int(c)}"): np.flatnonzero(labels == c) for c in np.unique(labels)}
+            found, starts = np.unique(np.sort(labels), return_index=True)
+            of_class = np.split(np.argsort(labels, kind="stable"), starts[1:])
+            rows = {names.get(int(c), f"class{int(c)}"): of for c, of in zip(found, of_class, strict=True)}
         else:
             raise ValueError(
                 f"{str(path)!r} must hold the keys image_data and class_dict, or data and labels; "
                 f"it holds {sorted(map(str, content))}"
             )
         order = np.concatenate([np.empty(0, dtype=np.int64), *rows.values()])
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{str(path)!r} has a mini-ImageNet file's keys but not its values: {error}") from error
     if not order.size or order.dtype.kind not in "iu" or order.min() < 0 or order.max() >= len(pixels):
         raise ValueError(f"{str(path)!r} must number its {len(pixels)} images from 0 for each class, and does not")
+    if len(np.unique(order)) != len(order) or len(order) > MAX_IMAGES:
+        raise ValueError(
+            f"{str(path)!r} must number each image once, {MAX_IMAGES:,} at most; it has {len(order)} numbers"
+        )
     if pixels.shape[1:3] == (size, size):
         images = torch.from_numpy(pixels[order].transpose(0, 3, 1, 2).copy())
     else:
