@@ -32,6 +32,8 @@ class ClassImages:
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
             raise ValueError(f"images must be uint8 [n, C, H, W], got {self.images.dtype} {tuple(self.images.shape)}")
+        if not all(type(size) is int and size >= 0 for size in self.sizes):
+            raise ValueError(f"sizes must be whole numbers from 0, got {self.sizes}")
         if len(self.sizes) != len(self.names) or sum(self.sizes) != len(self.images):
             raise ValueError(
                 f"{len(self.images)} images, {len(self.names)} names and {len(self.sizes)} sizes that sum to "

@@ -9,13 +9,21 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
-from PIL import Image
 from rich.console import Console
 
 from innerloop.data._random import check_whole, shuffled
 from innerloop.data.cache import Cache
 from innerloop.data.classes import SPLITS, ClassImages, ImageDataset, Split
-from innerloop.data.images import Fit, ImageSource, check_folder, image_files, read_images, subfolders, visible
+from innerloop.data.images import (
+    Fit,
+    ImageSource,
+    check_folder,
+    image_files,
+    open_image,
+    read_images,
+    subfolders,
+    visible,
+)
 
 _EXPECTED = "a folder of class folders, or train, val and test folders of class folders"
 _LOOKED_AT = 500  # images whose width and height are read for the summary
@@ -245,7 +253,7 @@ def _dimensions(classes: Classes) -> str:
     seen: list[tuple[int, int]] = []
     for image in every[:: -(-len(every) // _LOOKED_AT)]:
         try:
-            with Image.open(image) as opened:
+            with open_image(image) as opened:
                 seen.append(opened.size)
         except Exception:  # reading the images says later, and of all of them, what is broken
             continue

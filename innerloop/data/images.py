@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -33,6 +34,9 @@ NOT_OURS = frozenset((
 # fmt: on
 MAX_PIXELS = 40_000_000
 """Images with more pixels are refused before they are decoded: a small file can hold an image that fills memory."""
+
+MAX_SIZE = 4096
+"""Images are resized to at most so many pixels a side: a small description can ask for images that fill memory."""
 
 # Part of every cache key: raise it whenever the same file would come out as different pixels.
 PREPROCESSING_VERSION = 1
@@ -161,14 +165,14 @@ def read_images(
         BrokenImagesError: naming every image that cannot be decoded.
         ValueError: if ``skip_broken`` leaves a class without images.
     """
-    if size < 1:
-        raise ValueError(f"size must be at least 1 pixel; got {size}")
+    if not 1 <= size <= MAX_SIZE:
+        raise ValueError(f"size must be at least 1 pixel and at most {MAX_SIZE}; got {size}")
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB); got {channels}")
     contents = [(name, [(s.name, s.stamp) for s in sources]) for name, sources in classes.items()]
     key = fingerprint(kind, PREPROCESSING_VERSION, size, channels, fit, invert, contents)
     cached = load_cached(cache, kind, key)
-    if cached is not None:
+    if cached is not None and cached.images.shape[1:] == (channels, size, size) and cached.names == tuple(classes):
         return cached
 
     sources = [source for of_class in classes.values() for source in of_class]
@@ -231,7 +235,7 @@ def decode_image(data: bytes, *, size: int, channels: int, fit: Fit = "stretch",
     """
     if not data:
         raise ValueError("the file is empty")
-    with _open(data) as opened:
+    with open_image(io.BytesIO(data)) as opened:
         return image_pixels(opened, size=size, channels=channels, fit=fit, invert=invert)
 
 
@@ -245,9 +249,25 @@ def image_pixels(image: Image.Image, *, size: int, channels: int, fit: Fit = "st
     return prepare_image(ImageOps.exif_transpose(image), size=size, channels=channels, fit=fit, invert=invert)
 
 
-def _open(data: bytes) -> Image.Image:
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Pillow's names for what files with ``IMAGE_SUFFIXES`` hold.
+
+    Pillow goes by what is in a file, not by its name, and hands a PostScript program over to Ghostscript: such formats
+    are not among them.
+    """
+    known = Image.registered_extensions()
+    return tuple(sorted({known[suffix] for suffix in IMAGE_SUFFIXES if suffix in known} & Image.OPEN.keys()))
+
+
+def open_image(file: BinaryIO | Path) -> Image.Image:
+    """An image file, opened and not yet decoded.
+
+    Raises:
+        OSError, ValueError: it is no image of a kind in ``IMAGE_SUFFIXES``, or larger than ``MAX_PIXELS``.
+    """
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(file, formats=_formats())
     except Image.DecompressionBombError:  # Pillow's own limit, which lies above ours
         raise ValueError(f"more pixels than the limit of {MAX_PIXELS // 10**6} megapixels; make it smaller") from None
     except UnidentifiedImageError:
@@ -297,10 +317,12 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
     # Pillow's own conversion from 16 bits cuts values off at 255. Mode I comes from 16-bit PNGs as well.
-    values = np.asarray(image).astype(np.int64)
+    values = np.array(image, dtype=np.int32)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("32-bit pixels have no fixed range; save the image with 8 or 16 bits a channel")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    values += 128  # in place: a large image's numbers take much memory
+    values //= 257
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def _without_alpha(image: Image.Image) -> Image.Image:

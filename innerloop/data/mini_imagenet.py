@@ -14,6 +14,7 @@ from innerloop.data._pickles import read_pickle
 from innerloop.data.cache import Cache
 from innerloop.data.classes import SPLITS, ClassImages, ImageDataset, Split
 from innerloop.data.images import (
+    MAX_SIZE,
     ImageSource,
     check_folder,
     class_folders,
@@ -82,8 +83,8 @@ def mini_imagenet(
         BrokenImagesError: naming every image that cannot be decoded.
     """
     path = check_folder(root, _EXPECTED)
-    if size < 1:
-        raise ValueError(f"size must be at least 1 pixel; got {size}")
+    if not 1 <= size <= MAX_SIZE:
+        raise ValueError(f"size must be at least 1 pixel and at most {MAX_SIZE}; got {size}")
     for files in _PICKLES:
         if any((path / name).exists() for name in files.values()):
             return {split: _read_split_pickle(path / files[split], size) for split in SPLITS}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import stat
 import zipfile
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal
 
 import platformdirs
@@ -32,6 +33,11 @@ PARTS: Mapping[str, tuple[int, str]] = {
     "images_evaluation": (659, "6b91aef0f799c5bb55b94e3f2daec811"),
 }
 DRAWINGS = 20
+_MOST_MEMBERS = 100_000
+"""The larger archive has 20,000 and something; packed on a Mac, twice as many."""
+_MOST_BYTES = 2**20
+"""Of a drawing, which has some hundred: a small archive can hold a member that fills memory."""
+_ENCRYPTED = 0x1
 PAPER_CLASSES: Mapping[Split, int] = {"train": 1150, "val": 50, "test": 423}
 BACKGROUND_VAL = 50
 
@@ -158,6 +164,7 @@ def _list_characters(root: Path) -> Characters:
             for name, drawings in listed.items()
             if len(drawings) != DRAWINGS
         ]
+        problems += [f"{name} is in {str(place)!r}, and in the other part too" for name in listed if name in characters]
         characters |= listed
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:10])
@@ -200,18 +207,56 @@ def _in_zip(path: Path) -> Characters:
     """The characters in an archive; the drawings are read from it without unpacking."""
     try:
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except Exception as error:
+        # zipfile raises nearly anything on damaged archives: BadZipFile, NotImplementedError, struct.error, ...
         raise ValueError(f"{str(path)!r} is not a whole zip archive ({error}); fetch it again") from error
+    members = archive.infolist()
+    wrong = _what_is_wrong(members)
+    if wrong:
+        raise ValueError(f"{str(path)!r} {wrong}: it is not Omniglot's archive, do not trust it")
     characters: Characters = {}
-    for info in sorted(archive.infolist(), key=lambda info: info.filename):
+    for info in sorted(members, key=lambda info: info.filename):
         member = PurePosixPath(info.filename)
-        if member.is_absolute() or ".." in member.parts:
-            raise ValueError(f"{str(path)!r} has a member outside the archive, {info.filename!r}; do not trust it")
         hidden = any(piece.startswith((".", "__MACOSX")) for piece in member.parts)
         if info.is_dir() or hidden or len(member.parts) < 3 or member.suffix.lower() not in IMAGE_SUFFIXES:
             continue
         source = ImageSource(
-            f"{path}/{info.filename}", (info.file_size, info.CRC), partial(archive.read, info.filename)
+            f"{path}/{info.filename}", (info.file_size, info.CRC), partial(_read_member, archive, info)
         )
         characters.setdefault("/".join(member.parts[-3:-1]), []).append(source)
     return characters
+
+
+def _what_is_wrong(members: list[zipfile.ZipInfo]) -> str | None:
+    """Why an archive is not to be trusted, from what it says of its members."""
+    if len(members) > _MOST_MEMBERS:
+        return f"has {len(members)} members, {_MOST_MEMBERS} at most are expected"
+    seen: set[str] = set()
+    for info in members:
+        # Windows reads more into a name than others: C:x and a\\..\\b lead somewhere too.
+        names = PurePosixPath(info.filename), PureWindowsPath(info.orig_filename)
+        if any(name.is_absolute() or name.drive or name.root or ".." in name.parts for name in names):
+            return f"has a member outside the archive, {info.filename!r}"
+        if not info.filename or "\0" in info.orig_filename:
+            return f"has a member without a proper name, {info.orig_filename!r}"
+        if stat.S_ISLNK(info.external_attr >> 16):
+            return f"has a member that is a link, {info.filename!r}"
+        if info.flag_bits & _ENCRYPTED:
+            return f"has a member that is encrypted, {info.filename!r}"
+        if info.filename in seen:
+            return f"has two members of the name {info.filename!r}"
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            return f"has a member in an unusual compression, {info.filename!r}"
+        if info.file_size > _MOST_BYTES:
+            return f"has a member of {info.file_size} bytes, {info.filename!r}, and a drawing has {_MOST_BYTES} at most"
+        seen.add(info.filename)
+    return None
+
+
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """A drawing; no more of it is unpacked than it is said to have."""
+    with archive.open(info) as file:
+        data = file.read(info.file_size)
+    if len(data) != info.file_size:
+        raise ValueError(f"has {len(data)} bytes, and the archive says {info.file_size}")
+    return data

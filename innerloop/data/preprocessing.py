@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from innerloop.data.images import Fit, Pixels, decode_image, image_pixels
+from innerloop.data.images import MAX_SIZE, Fit, Pixels, decode_image, image_pixels
 
 Ink = Literal["dark", "bright"]
 
@@ -43,6 +43,15 @@ class Preprocessing:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     ink: Ink | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` for what cannot be done to an image."""
+        if not 1 <= self.size <= MAX_SIZE:
+            raise ValueError(f"size must be at least 1 pixel and at most {MAX_SIZE}; got {self.size}")
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels must be 1 (grey) or 3 (RGB); got {self.channels}")
+        per_channel("mean", self.mean, self.channels)
+        per_channel("std", self.std, self.channels)
 
     def pixels(self, image: bytes | Image.Image) -> Pixels:
         """An encoded or an opened image as uint8 ``[channels, size, size]``.
