@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,12 @@ class Method:
         for name in ("inner_steps", "msl_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.inner_steps > 10_000:
+            raise ValueError(
+                f"inner_steps must be at most 10000, got {self.inner_steps}: learned rates are kept for each"
+            )
+        if not math.isfinite(self.inner_lr):
+            raise ValueError(f"inner_lr must be a finite number, got {self.inner_lr}")
         if self.da_epochs < 0:
             raise ValueError(f"da_epochs must be at least 0, got {self.da_epochs}")
         if self.inner_rule not in UPDATE_RULES:

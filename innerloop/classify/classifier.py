@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from innerloop.classify.estimate import Estimate
@@ -26,7 +26,7 @@ from innerloop.data.preprocessing import Ink, ink_of
 from innerloop.network import Normalisation
 from innerloop.per_step import norm_layers
 from innerloop.training.building import build_network
-from innerloop.training.config import Config, DataConfig, NetworkConfig
+from innerloop.training.config import MESSAGE, Config, DataConfig, NetworkConfig
 
 BATCH = 128
 """Images that are classified together."""
@@ -196,9 +196,13 @@ class Classifier:
             network = adapted_network(
                 described.network, described.preprocessing, len(described.classes), described.normalisation
             )
+            wanted = network.state_dict()
+            for name, tensor in tensors.items():
+                if name in wanted and tensor.dtype != wanted[name].dtype:
+                    raise ValueError(f"{name} has numbers of type {tensor.dtype}, expected {wanted[name].dtype}")
             network.load_state_dict(tensors, assign=True)
-        except (ValidationError, ValueError, RuntimeError) as error:
-            raise ModelFileError(f"{str(path)!r} does not hold what a classifier needs: {error}") from None
+        except (ValueError, RuntimeError, TypeError, OverflowError) as error:
+            raise ModelFileError(f"{str(path)!r} does not hold what a classifier needs: {error}"[:MESSAGE]) from None
         return Classifier(
             network=network.to(memory_format=torch.channels_last).eval(),  # type: ignore[call-overload]
             classes=described.classes,
@@ -227,6 +231,11 @@ class _Description:
     support: dict[str, Any]
     provenance: dict[str, Any]
     estimate: Estimate | None
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` for classes that cannot be told apart by name."""
+        if not self.classes or len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"its classes need names, each another; got {self.classes[:10]}")
 
 
 _DESCRIPTION = TypeAdapter(_Description)

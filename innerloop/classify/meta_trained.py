@@ -29,7 +29,7 @@ from innerloop.learner import MetaLearner
 from innerloop.network import Normalisation
 from innerloop.tasks import Examples
 from innerloop.training.building import build_learner, build_preprocessing
-from innerloop.training.checkpoints import load_checkpoint
+from innerloop.training.checkpoints import CheckpointError, load_checkpoint
 from innerloop.training.config import Config, ConfigError, config_to_json
 from innerloop.training.run_folder import RunFolder
 from innerloop.update_rules import Tensors
@@ -65,6 +65,9 @@ def load(run: str | os.PathLike[str] | None = None) -> MetaTrained:
     loaded = [load_checkpoint(path) for path in checkpoints]
     if not loaded:
         raise ConfigError(f"{folder.path} has no finished epoch; go on: innerloop train --resume {folder.path}")
+    for path, (_, header) in zip(checkpoints, loaded, strict=True):
+        if not (isinstance(header.get("val"), int | float) and isinstance(header.get("epoch"), int)):
+            raise CheckpointError(f"{path} does not say its epoch and how good it is: it is no epoch's checkpoint")
     state, header = max(loaded, key=lambda c: (c[1]["val"], c[1]["epoch"]))
     return MetaTrained(folder.path, preset, config, state, header["epoch"])
 
@@ -178,6 +181,7 @@ class MetaTrained:
 
         Raises:
             ConfigError: the head is learned, and has fewer outputs.
+            CheckpointError: the run's checkpoint does not fit its config.
         """
         trained = self.config.data.ways
         if ways > trained and not self.any_ways:
@@ -190,11 +194,21 @@ class MetaTrained:
             data=replace(self.config.data, ways=ways),
             compute=replace(self.config.compute, device="cpu"),
         )
+        # A stranger's config may ask for more than its checkpoint holds, and than there is of memory: shapes first.
+        with torch.device("meta"):
+            own = build_learner(config, torch.device("meta")).state_dict()
+        state = {name: _first_outputs(t, own.get(name)) for name, t in self.state.items()}
+        for name in own.keys() | state.keys():
+            if name not in own or name not in state or own[name].shape != state[name].shape:
+                raise CheckpointError(f"the checkpoint of {self.path} does not fit its config.json: {name} differs")
+            if own[name].dtype != state[name].dtype:
+                raise CheckpointError(
+                    f"the checkpoint of {self.path} has numbers of type {state[name].dtype} in {name}"
+                )
         # Weights are drawn and then replaced: not at the cost of a caller's random numbers.
         with torch.random.fork_rng(devices=[]):
             learner = build_learner(config, torch.device("cpu"), loss_scale=min(1.0, ways / trained))
-        own = learner.state_dict()
-        learner.load_state_dict({name: _first_outputs(t, own.get(name)) for name, t in self.state.items()})
+        learner.load_state_dict(state)
         return learner
 
     def _with_ink(self, support: Support, ink: InkChoice) -> tuple[Preprocessing, list[str]]:

@@ -59,7 +59,7 @@ def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         description = json.loads(metadata[_HEADER])
         version = description["version"]
-    except (json.JSONDecodeError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise ModelFileError(f"{str(path)!r} is damaged: its description is not to be understood") from None
     if version != FORMAT_VERSION:
         raise ModelFileError(

@@ -21,7 +21,7 @@ from innerloop.cli import train
 from innerloop.reports.comparisons import write_grid
 from innerloop.reports.page import write_report
 from innerloop.training.building import build_device, build_tasks
-from innerloop.training.config import PRESETS, Config, ConfigError, Count
+from innerloop.training.config import PRESETS, Config, ConfigError, Count, Threads
 from innerloop.training.grids import GRIDS, Cell, Row, cells, run_grid, train_arguments, write_statuses
 from innerloop.training.progress import Progress
 from innerloop.training.run_folder import RunFolder
@@ -47,7 +47,7 @@ class AblateArguments:
     """Seeds (default: the grid's)."""
     out: Path | None = None
     """Folder of the grid. Default: runs/GRID-PRESET."""
-    jobs: Count = 0
+    jobs: Threads = 0
     """Runs side by side, a core or more each (0: one for each core; on a GPU 1)."""
     list: bool = False
     """List grids and rows, and run nothing."""

@@ -17,7 +17,7 @@ from innerloop.classify.estimate import folds
 from innerloop.classify.meta_trained import InkChoice
 from innerloop.cli.arguments import check_out, parsed
 from innerloop.network import Normalisation
-from innerloop.training.config import Count
+from innerloop.training.config import Steps
 from innerloop.training.progress import Progress
 
 
@@ -31,7 +31,7 @@ class AdaptArguments:
     """Folder with a folder of images for each class. One image a class is enough; more are better."""
     out: Path
     """File to write the classifier to, such as my.safetensors."""
-    steps: Count | None = None
+    steps: Steps | None = None
     """Inner steps. Default: as many as in the run's test."""
     normalisation: Normalisation = "support"
     """Statistics of the norm layers: of your images (support), of meta-training (running), or of each batch of images

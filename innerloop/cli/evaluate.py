@@ -15,7 +15,7 @@ from innerloop.cli.ranks import peeked_timeout, to_be_launched
 from innerloop.cli.tables import print_test
 from innerloop.training.building import build_device, build_learner, build_tasks, build_workers
 from innerloop.training.checkpoints import write_json
-from innerloop.training.config import ConfigError, Count, Positive
+from innerloop.training.config import ConfigError, Positive, Steps, Threads
 from innerloop.training.distributed import TIMEOUT_SECONDS, Ranks, joined, launch
 from innerloop.training.environment import environment
 from innerloop.training.evaluation import evaluate_checkpoints
@@ -34,15 +34,15 @@ class EvaluateArguments:
     """Test tasks."""
     split: Literal["test", "val", "train"] = "test"
     """Which classes."""
-    steps: Count = 0
+    steps: Steps = 0
     """Inner steps (0: those of the run). More than were trained go on with the last step's rates and norm layers."""
     data: Path | None = None
     """Folder of the data set, where it is not the run's."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
-    threads: Count = 0
+    threads: Threads = 0
     """CPU threads of each process (0: the cores shared out over the processes)."""
-    processes: Count = 0
+    processes: Threads = 0
     """Processes that tasks are shared out to, on a CPU (0: one for each core that helps)."""
     devices: int = 0
     """Ranks on this machine: GPUs where there are any, else CPU processes (0: one, or what torchrun starts)."""

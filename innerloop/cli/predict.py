@@ -19,7 +19,7 @@ import tyro
 from innerloop.classify import Classifier, Prediction, Unreadable
 from innerloop.cli.arguments import parsed
 from innerloop.data.folder import images_below
-from innerloop.training.config import ConfigError, Count
+from innerloop.training.config import ConfigError, Threads
 from innerloop.training.progress import Progress
 
 _BREAKING = frozenset({"Cc", "Zl", "Zp"})
@@ -40,7 +40,7 @@ class PredictArguments:
     """A JSON object a line, with the probabilities of all classes."""
     csv: Annotated[bool, tyro.conf.arg(name="csv")] = False
     """Comma-separated: image, class, probability."""
-    threads: Count = 0
+    threads: Threads = 0
     """CPU threads of the network (0: PyTorch's choice); images are decoded by others."""
 
 
@@ -86,7 +86,7 @@ def _images(path: Path) -> list[Path]:
 
 
 def _as_text(path: Path, found: Prediction) -> None:
-    print(f"{_printable(path)}\t{found.name}\t{found.probability:.1%}", flush=True)
+    print(f"{_printable(path)}\t{_printable(found.name)}\t{found.probability:.1%}", flush=True)
 
 
 def _as_json(path: Path, found: Prediction) -> None:
@@ -104,6 +104,7 @@ def _text(path: Path) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def _printable(path: Path) -> str:
-    """A path on one line."""
-    return "".join(c.encode("unicode_escape").decode() if category(c) in _BREAKING else c for c in _text(path))
+def _printable(what: Path | str) -> str:
+    """A path or a name on one line."""
+    text = _text(what) if isinstance(what, Path) else what
+    return "".join(c.encode("unicode_escape").decode() if category(c) in _BREAKING else c for c in text)

@@ -160,7 +160,7 @@ def _read_epochs(path: Path) -> list[EpochRecord]:
             continue
         try:
             fields = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise ValueError(f"{path}, line {number} is not JSON ({error}): {line[:80]!r}") from None
@@ -175,7 +175,7 @@ def _read_json(path: Path, newest: int = 1) -> Mapping[str, Any]:
         return {}
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(document, dict):
         return {}
@@ -219,7 +219,7 @@ def _epoch_record(fields: object, where: str) -> EpochRecord:
         )
     except KeyError as error:
         raise ValueError(f"{where} has no {error.args[0]!r}") from None
-    except (TypeError, AttributeError, ValueError) as error:
+    except (TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where}: {error}") from None
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -199,7 +202,33 @@ def build_learner(config: Config, device: torch.device, loss_scale: float = 1.0)
 
 
 def build_network(config: Config) -> nn.Module:
-    """The config's network with freshly drawn weights."""
+    """The config's network with freshly drawn weights.
+
+    Raises:
+        ConfigError: it is larger than the machine's memory.
+    """
+    try:
+        with torch.device("meta"):
+            size = sum(p.numel() * p.element_size() for p in _network(config).parameters())
+    except (RuntimeError, TypeError, OverflowError):  # of PyTorch: the sizes do not fit into its numbers
+        size = sys.maxsize
+    if size > _memory():
+        raise ConfigError(
+            f"--network {config.network.network} with --filters {config.network.filters}, --ways {config.data.ways} "
+            f"and --image-size {config.data.image_size} is larger than this machine's memory; make it smaller"
+        )
+    return _network(config)
+
+
+def _memory() -> int:
+    """Bytes of memory that the machine has; where the system does not say, what no machine has."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 2**45
+
+
+def _network(config: Config) -> nn.Module:
     data, network = config.data, config.network
     if network.network == "mlp":
         return innerloop.nn.MLP()

@@ -155,7 +155,7 @@ def _state(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         raise CheckpointError(f"{path} was not written by innerloop: its header has no {_HEADER!r} entry")
     try:
         state = json.loads(metadata[_HEADER])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: its state is not JSON ({error})") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} is damaged: its state is not a JSON object")

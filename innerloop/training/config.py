@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from innerloop.data.images import MAX_SIZE
 from innerloop.methods import METHODS, Method
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+# More than anybody needs of anything; a config from a stranger could ask for more than there is of memory and time.
+MOST = 2**53
+Positive = Annotated[int, Field(ge=1, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
+Threads = Annotated[int, Field(ge=0, le=1024)]
+Steps = Annotated[int, Field(ge=0, le=10_000)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+MESSAGE = 2000
+"""Characters of a message that quotes what it was given, at most."""
 
 
 class ConfigError(ValueError):
@@ -39,7 +49,7 @@ class DataConfig:
     """K-shot: support images of each class (sinusoid: support points)."""
     queries: Positive = 1
     """Query images of each class (sinusoid: query points)."""
-    image_size: Positive = 28
+    image_size: Annotated[int, Field(ge=1, le=MAX_SIZE)] = 28
     """Height and width that images are resized to."""
     channels: Literal[1, 3] = 1
     """1: grey, 3: colour. (omniglot and strokes are grey, mini-imagenet is colour.)"""
@@ -112,7 +122,7 @@ class EvaluationConfig:
     """Validation tasks, the same ones after every epoch."""
     test_tasks: Positive = 600
     """Test tasks at the end, from classes held out of training."""
-    test_steps: Count = 0
+    test_steps: Steps = 0
     """Inner steps in validation and test (0: as many as in training)."""
     ensemble: Positive = 5
     """How many of the epochs best on validation are kept and averaged."""
@@ -128,13 +138,13 @@ class ComputeConfig:
     """Seed of the initialisation, the class split and all tasks."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
-    threads: Count = 0
+    threads: Threads = 0
     """CPU threads of each process (0: the cores shared out over the processes)."""
-    processes: Count = 0
+    processes: Threads = 0
     """Processes that the tasks of a meta-batch are shared out to, on a CPU (0: one for each core that helps)."""
     mode: Literal["auto", "reverse", "mixed", "first-order"] = "auto"
     """How meta-gradients are computed: reverse and mixed are exact and agree, mixed needs less memory at many steps."""
-    stored_steps: Count = 5
+    stored_steps: Steps = 5
     """Inner steps whose graphs mixed mode keeps; fewer take less memory and, at 0, a fifth more arithmetic."""
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     """Of convolutions; tf32 (a GPU's, and of matrix products too) and bf16 are faster and round more."""
@@ -180,10 +190,15 @@ def validated(config: Config) -> Config:
 
 def problems(error: ValidationError) -> str:
     """What pydantic found wrong, by the names of the command line's options, values quoted."""
-    return "; ".join(
-        f"--{str(e['loc'][-1]).replace('_', '-') if e['loc'] else 'config'} {e['input']!r}: {e['msg']}"
+    found = [
+        f"--{str(e['loc'][-1]).replace('_', '-') if e['loc'] else 'config'} {_QUOTED.repr(e['input'])}: {e['msg']}"
         for e in error.errors()
-    )
+    ]
+    return "; ".join(found)[:MESSAGE]
+
+
+_QUOTED = reprlib.Repr()
+_QUOTED.maxstring = _QUOTED.maxother = 200
 
 
 def config_to_json(config: Config) -> dict[str, Any]:

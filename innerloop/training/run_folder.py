@@ -29,7 +29,7 @@ from innerloop.training.checkpoints import (
     write_error,
     write_json,
 )
-from innerloop.training.config import Config, ConfigError, config_from_json, config_to_json
+from innerloop.training.config import MESSAGE, Config, ConfigError, config_from_json, config_to_json
 
 EVENTS_BYTES = 256 * 1024
 """events.jsonl grows no further: the older half is dropped."""
@@ -139,10 +139,10 @@ class RunFolder:
         if not path.is_file():
             raise ConfigError(f"{self.path} is not a run: it has no config.json")
         try:
-            record = json.loads(path.read_text())
+            record = json.loads(path.read_text(encoding="utf-8"))
             version, preset, values = record["version"], str(record["preset"]), record["config"]
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
-            raise ConfigError(f"{path} is not a run's config: {error!r}") from None
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ConfigError(f"{path} is not a run's config: {error!r}"[:MESSAGE]) from None
         check_version(str(path), version, CONFIG_VERSION, ConfigError)
         try:
             return preset, config_from_json(values)
@@ -291,13 +291,13 @@ def _epoch_of(line: str) -> float:
     """The epoch of a line of metrics.jsonl; infinite for a line that was not written to its end."""
     try:
         return int(json.loads(line)["epoch"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return float("inf")
 
 
 def _best(path: Path) -> set[int]:
     """Epochs that a state counts among the best; none where it cannot be read."""
     try:
-        return {epoch for _, epoch in load_checkpoint(path)[1]["best"]}
-    except (CheckpointError, FileNotFoundError, KeyError):
+        return {int(epoch) for _, epoch in load_checkpoint(path)[1]["best"]}
+    except (CheckpointError, FileNotFoundError, KeyError, ValueError, TypeError, OverflowError):
         return set()

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import TypeAdapter
 
 from innerloop import schedules
 from innerloop.data import TaskSource
@@ -21,7 +22,7 @@ from innerloop.network import random_state, set_random_state
 from innerloop.reports.formats import METRICS_VERSION, SUMMARY_VERSION
 from innerloop.training.building import build_device, build_learner, build_tasks, build_workers
 from innerloop.training.checkpoints import CheckpointError, load_checkpoint, save_checkpoint, write_json
-from innerloop.training.config import Config
+from innerloop.training.config import MESSAGE, Config
 from innerloop.training.diagnosis import first_non_finite
 from innerloop.training.distributed import ALONE, Ranks
 from innerloop.training.environment import environment
@@ -82,11 +83,17 @@ class Progression:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Progression:
-        """What ``asdict`` wrote. What an older version lacks has its default; what is unknown is passed over."""
+        """What ``asdict`` wrote. What an older version lacks has its default; what is unknown is passed over.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not what ``asdict`` wrote.
+        """
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         sums = {f.name: known["sums"][f.name] for f in fields(EpochSums) if f.name in known["sums"]}
-        best = [(value, epoch) for value, epoch in known["best"]]
-        return cls(**{**known, "sums": EpochSums(**sums), "best": best})
+        return _PROGRESSION.validate_python({**known, "sums": sums}, strict=True)
+
+
+_PROGRESSION = TypeAdapter(Progression)
 
 
 class FinishedRun(NamedTuple):
@@ -400,7 +407,10 @@ class _Training:
     def resume(self) -> None:
         """Go on from the last state that is whole."""
         state = self.ranks.shared(self.folder.load_state)
-        self._take(state.tensors, state.values)
+        try:
+            self._take(state.tensors, state.values)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{state.path} is whole, but not a state of this run: {error!r}"[:MESSAGE]) from None
         at = f"epoch {self.done.epoch + 1}, iteration {self.done.sums.iterations + 1}"
         if self.ranks.main:
             self.folder.set_aside_damage(state)
@@ -467,7 +477,11 @@ def best_epochs(folder: RunFolder) -> tuple[list[int], list[str]]:
         CheckpointError: the run's states cannot be read, or none of its best checkpoints.
     """
     state = folder.load_state()
-    good, damage = folder.usable([epoch for _, epoch in state.values["best"]])
+    try:
+        best = Progression.from_json(state.values).best
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{state.path} is whole, but not a state of a run: {error!r}"[:MESSAGE]) from None
+    good, damage = folder.usable([epoch for _, epoch in best])
     return good, [*([state.damage] if state.damage else []), *(f"{what}. Tested without it" for what in damage)]
 
 
