@@ -197,6 +197,7 @@ _CHANGES = frozenset(
         "shutil.copytree",
     ]
 )
+_COMPILERS = ("typing.py", "dataclasses.py", "typing_extensions.py")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -226,8 +227,12 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
                 watch.refuse(f"{event} {path!r}")
     elif event == "compile":
         source, name = arguments
-        # Code that came with a file is compiled from a text; modules' own have a name, or are named tuples'.
-        if name == "<string>" and source is not None:
+        # Code that came with a file is compiled from a text, and so are annotations by typing, which are ours.
+        if (
+            name == "<string>"
+            and source is not None
+            and Path(sys._getframe(1).f_code.co_filename).name not in _COMPILERS
+        ):
             watch.refuse(f"compiles {source!r}"[:300])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import hashlib
 import io
 import json
@@ -435,7 +436,12 @@ def _stop(*_: Any, **__: Any) -> Any:
 @contextlib.contextmanager
 def _no_long_work() -> Iterator[None]:
     """Everything up to the long work is real: arguments, configs, devices, the network and its learner, small files."""
-    _classifier()
+    Image.init()
+    for name in COMMANDS:  # imported before anything is watched
+        importlib.import_module(f"innerloop.cli.{name}")
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module("innerloop.serve")
+    _trained()
     with contextlib.ExitStack() as stack:
         for name in (
             "innerloop.training.trainer.build_workers",
