@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import hashlib
+import importlib
 import io
 import json
 import os
