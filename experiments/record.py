@@ -93,7 +93,8 @@ def quoted() -> str:
     classification = [(f, s) for f, s in runs if configs[f]["data"]["dataset"] != "sinusoid"]
     regression = [(f, s) for f, s in runs if configs[f]["data"]["dataset"] == "sinusoid"]
     lines = [
-        "| run | task | method | updates x tasks | training | test tasks | transductive: best, ensemble | inductive |",
+        "| run | task | method | updates x tasks | training | test tasks | transductive: best, ensemble "
+        "| inductive: running, support |",
         "|---|---|---|---|---|---|---|---|",
         *(_classification_row(f, s, configs[f]) for f, s in classification),
         "",
@@ -122,7 +123,7 @@ def _classification_row(folder: Path, summary: dict[str, Any], config: dict[str,
         f"{summary['train_seconds'] / 60:.1f} min",
         str(best["batch"]["tasks"]),
         f"{_percent(best['batch'])}, {_percent(ensemble['batch'])}",
-        _percent(best["running"]),
+        ", ".join(_percent(best[name]) for name in ("running", "support") if name in best),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -172,12 +173,46 @@ class Item:
         return lines
 
 
+def grids() -> list[Path]:
+    """Folders of recorded runs."""
+    folders = [folder for folder in sorted(RESULTS.iterdir()) if not (folder / "config.json").exists()]
+    return [folder for folder in folders if any(folder.rglob("config.json"))]
+
+
+def stranger_lines() -> list[str]:
+    """The table of what ``experiments/stranger.py`` recorded."""
+    lines = [
+        "",
+        "## A stranger's classes",
+        "",
+        "`python experiments/stranger.py RUN --data OMNIGLOT`: characters of Omniglot's evaluation alphabets that the "
+        "run has not seen, as folders of image files: adapted to the given drawings of each, and all other drawings "
+        "told. An image's answer depends on nothing but itself (`support`). A ± is the 95% interval over draws of "
+        "characters, or over tasks. The meta-test is of the run's own data, in the same setting.",
+        "",
+        "| run | trained on | ways, shots | accuracy | draws | meta-test |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in sorted((RESULTS / "stranger").glob("*.json")):
+        record = json.loads(path.read_text())
+        tested = record["meta_test"]
+        cells = [
+            record["run"],
+            record["trained_on"],
+            f"{record['ways']}-way {record['shots']}-shot",
+            f"{100 * record['accuracy']:.2f} ± {100 * record['interval']:.2f}%",
+            str(record["draws"]),
+            "–"
+            if tested is None
+            else f"{100 * tested['accuracy']:.2f} ± {100 * tested['interval']:.2f}% ({tested['tasks']} tasks)",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines if len(lines) > 7 else []
+
+
 def results_page() -> str:
     """The text of docs/results.md."""
     singles = [read_started_run(path.parent) for path in sorted(RESULTS.glob("*/config.json"))]
-    grids = [
-        folder for folder in sorted(RESULTS.iterdir()) if folder.is_dir() and not (folder / "config.json").exists()
-    ]
     lines = [
         "# Recorded results",
         "",
@@ -190,7 +225,8 @@ def results_page() -> str:
         "",
         full_length_table(find_runs([RESULTS])).markdown(),
     ]
-    for grid in grids:
+    lines += stranger_lines()
+    for grid in grids():
         lines += ["", f"## {grid.name}", "", *_about(grid).splitlines()]
         lines += ["", f"Records: [experiments/results/{grid.name}](../experiments/results/{grid.name})."]
         for item in grid_items(grid):
@@ -298,12 +334,11 @@ def process_pictures(runs: list[RunRecords]) -> list[tuple[RunRecords, Path]]:
 
 def draw_figures() -> None:
     """Draw the figures of docs/results.md that are of several runs."""
-    for grid in sorted(RESULTS.iterdir()):
-        if grid.is_dir() and not (grid / "config.json").exists():
-            for item in grid_items(grid):
-                for path, _, function in item.figures:
-                    if function is not None:
-                        function(path)
+    for grid in grids():
+        for item in grid_items(grid):
+            for path, _, function in item.figures:
+                if function is not None:
+                    function(path)
 
 
 if __name__ == "__main__":
