@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint types unit clean
+.PHONY: quickstart test test-minimum audit lint types unit clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/innerloop train quickstart
@@ -20,6 +20,21 @@ types: $(VENV)/.installed-dev
 unit: $(VENV)/.installed-dev
 	$(BIN)/pytest -n 2
 
+# The oldest versions that pyproject.toml allows, in an environment of their own (Python 3.10 to 3.12 have them).
+test-minimum: $(VENV)-minimum/.installed
+	$(VENV)-minimum/bin/python -m pip list
+	$(VENV)-minimum/bin/pytest -n 2
+
+$(VENV)-minimum/.installed: pyproject.toml constraints-minimum.txt
+	$(PYTHON) -m venv $(VENV)-minimum
+	$(VENV)-minimum/bin/python -m pip install --quiet -c constraints-minimum.txt -e '.[dev]'
+	touch $@
+
+# Known vulnerabilities of what is installed; asks a service on the network. See docs/reliability.md.
+audit: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --local --skip-editable
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
@@ -30,4 +45,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VENV)-minimum build dist .mypy_cache .ruff_cache .pytest_cache

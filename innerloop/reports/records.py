@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ class RunRecords:
     def initial_inner_lr(self) -> float | None:
         """The inner rate that every tensor and step started from."""
         rate = self.setting("method", "inner_lr")
-        return float(rate) if isinstance(rate, (int, float)) and math.isfinite(rate) else None
+        return float(rate) if isinstance(rate, (int, float)) and abs(rate) <= sys.float_info.max else None
 
     @property
     def derivative_switches(self) -> list[int]:

@@ -90,7 +90,7 @@ class Progression:
         """
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         sums = {f.name: known["sums"][f.name] for f in fields(EpochSums) if f.name in known["sums"]}
-        return _PROGRESSION.validate_python({**known, "sums": sums}, strict=True)
+        return _PROGRESSION.validate_python({**known, "sums": sums})
 
 
 _PROGRESSION = TypeAdapter(Progression)
@@ -434,6 +434,11 @@ class _Training:
                     # Laid out in memory as Adam does it: elementwise operations on two layouts round otherwise.
                     tensor = torch.empty_like(parameter).copy_(tensor)
                 slots.setdefault(int(index), {})[slot] = tensor
+        for index, of_parameter in slots.items():
+            shapes = {slot: tuple(tensor.shape) for slot, tensor in of_parameter.items()}
+            shape = tuple(parameters[index].shape)
+            if shapes != {"step": (), "exp_avg": shape, "exp_avg_sq": shape}:
+                raise ValueError(f"the optimiser's state of parameter {index}, {shape}, is {shapes}")
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         generators = [tensors[name].cpu() for name in ("random/cpu", "random/cuda") if name in tensors]

@@ -117,7 +117,7 @@ def fuzz(target: Target, cases: int, sandbox: Path, seed_: int = 0, tick: Callab
     started = time.monotonic()
     with watch.started(), warnings.catch_warnings():
         warnings.simplefilter("ignore", HypothesisWarning)
-        warnings.filterwarnings("ignore", "Duplicate name", UserWarning)  # by zipfile, which makes one
+        warnings.simplefilter("ignore", UserWarning)  # of zipfile, which makes strange archives, and Pillow's of images
         with target.prepare() if target.prepare else _nothing():
             more = 0
             while outcome.cases < cases:  # a search space that is exhausted is searched again in another order

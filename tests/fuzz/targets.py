@@ -10,9 +10,12 @@ import io
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 from unittest import mock
 
@@ -49,8 +52,11 @@ from innerloop.reports.records import read_run
 from innerloop.training.building import build_learner
 from innerloop.training.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from innerloop.training.config import PRESETS, Config, ConfigError, NetworkConfig, config_to_json
+from innerloop.training.distributed import ALONE
 from innerloop.training.grids import GRIDS
+from innerloop.training.progress import Progress
 from innerloop.training.run_folder import RunFolder
+from innerloop.training.trainer import Progression, _Training, best_epochs
 
 FOLDER_CONFIG = Config(network=NetworkConfig(filters=2), method=maml_plus_plus(inner_steps=1, zero_init=("head.*",)))
 
@@ -152,12 +158,12 @@ def _omniglot_names(part: str) -> list[str]:
 @contextlib.contextmanager
 def _small_omniglot() -> Iterator[None]:
     """Omniglot with five characters of two drawings each."""
-    module = "innerloop.data.omniglot"
+    module = sys.modules["innerloop.data.omniglot"]  # innerloop.data has a function of that name
     with (
-        mock.patch(f"{module}.PARTS", {part: (n, "") for part, n in _OMNIGLOT.items()}),
-        mock.patch(f"{module}.DRAWINGS", 2),
-        mock.patch(f"{module}.PAPER_CLASSES", {"train": 3, "val": 1, "test": 1}),
-        mock.patch(f"{module}.BACKGROUND_VAL", 1),
+        mock.patch.object(module, "PARTS", {part: (n, "") for part, n in _OMNIGLOT.items()}),
+        mock.patch.object(module, "DRAWINGS", 2),
+        mock.patch.object(module, "PAPER_CLASSES", {"train": 3, "val": 1, "test": 1}),
+        mock.patch.object(module, "BACKGROUND_VAL", 1),
     ):
         yield
 
@@ -289,6 +295,53 @@ def _read_checkpoint(case: bytes) -> None:
     tensors, state = load_checkpoint(RunFolder(Path("run")).latest)
     assert isinstance(state, dict)
     assert all(t.device.type == "cpu" for t in tensors.values())
+
+
+@functools.cache
+def _state() -> tuple[Tensors, dict[str, Any]]:
+    """What a run saves to go on from, and nothing of a checksum: a stranger can make that fit."""
+    learner = build_learner(FOLDER_CONFIG, torch.device("cpu"))
+    tensors = {f"learner/{name}": t for name, t in learner.state_dict().items()}
+    for i, parameter in enumerate(learner.parameters()):
+        tensors |= {f"optimizer/{i}/{slot}": torch.zeros_like(parameter) for slot in ("exp_avg", "exp_avg_sq")}
+        tensors[f"optimizer/{i}/step"] = torch.tensor(1.0)
+    return of_torch({**tensors, "random/cpu": torch.get_rng_state()}), asdict(Progression(best=[(0.5, 1)]))
+
+
+def _state_bytes(r: Random) -> bytes:
+    tensors, state = _state()
+    if r.random() < 0.5:
+        tensors = other_tensors(r, tensors)
+    state = changed(r, state, 2)
+    if isinstance(state, dict):
+        state["version"] = 1
+    whole = safetensors_file(tensors, {"innerloop": json.dumps(state)})
+    return mutated(whole, r) if r.random() < 0.1 else whole
+
+
+def _resume_case(r: Random) -> tuple[bytes, bytes | None]:
+    return _state_bytes(r), _state_bytes(r) if r.random() < 0.3 else None
+
+
+def _resume(case: tuple[bytes, bytes | None]) -> None:
+    """Training, going on from a state."""
+    latest, previous = case
+    folder = RunFolder(Path("run"))
+    folder.create("quickstart", FOLDER_CONFIG)
+    _write(str(folder.latest), latest)
+    if previous is not None:
+        _write(str(folder.previous), previous)
+    learner = build_learner(FOLDER_CONFIG, torch.device("cpu"))
+    optimizer = torch.optim.Adam(learner.parameters())
+    workers: Any = SimpleNamespace(learner=learner)
+    training = _Training(folder, FOLDER_CONFIG, workers, optimizer, Progress(shown=False), [], ALONE)
+    with contextlib.redirect_stderr(io.StringIO()):
+        training.resume()
+    for parameter in learner.parameters():  # what it took over, it can go on with
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    with contextlib.suppress(CheckpointError):  # there are no checkpoints of epochs here
+        best_epochs(folder)
 
 
 @functools.cache
@@ -619,6 +672,7 @@ def _warm() -> Iterator[None]:
     _checkpoint()
     _classifier()
     _model()
+    _state()
     yield
 
 
@@ -636,6 +690,7 @@ def targets() -> list[Target]:
         Target("mini-imagenet csv", _cases(_csv_case), _read_csv),
         Target("decoded cache", _cases(_cache_bytes), _read_cache, ()),
         Target("checkpoint", _cases(_checkpoint_bytes), _read_checkpoint, (CheckpointError,), _warm),
+        Target("resume", _cases(_resume_case), _resume, prepare=_warm),
         Target("run", _cases(lambda r: (_stranger_config(r), _checkpoint_bytes(r))), _adapt, prepare=_warm),
         Target("classifier", _cases(lambda r: (_model_bytes(r), image_bytes(r))), _read_model, prepare=_warm),
         Target("metrics", _cases(_metrics), _read_metrics),
