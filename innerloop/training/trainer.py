@@ -434,11 +434,11 @@ class _Training:
                     # Laid out in memory as Adam does it: elementwise operations on two layouts round otherwise.
                     tensor = torch.empty_like(parameter).copy_(tensor)
                 slots.setdefault(int(index), {})[slot] = tensor
-        for index, of_parameter in slots.items():
+        for number, of_parameter in slots.items():
             shapes = {slot: tuple(tensor.shape) for slot, tensor in of_parameter.items()}
-            shape = tuple(parameters[index].shape)
+            shape = tuple(parameters[number].shape)
             if shapes != {"step": (), "exp_avg": shape, "exp_avg_sq": shape}:
-                raise ValueError(f"the optimiser's state of parameter {index}, {shape}, is {shapes}")
+                raise ValueError(f"the optimiser's state of parameter {number}, {shape}, is {shapes}")
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         generators = [tensors[name].cpu() for name in ("random/cpu", "random/cuda") if name in tensors]
