@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 import zipfile
 from pathlib import Path
 
@@ -142,11 +141,10 @@ def test_bad_arguments(zipped) -> None:
 
 
 @pytest.mark.omniglot
-def test_the_real_thing(omniglot_root, tmp_path) -> None:
+def test_the_real_thing(omniglot_root, tmp_path, monkeypatch) -> None:
     dataset = omniglot(omniglot_root, cache=tmp_path)
-    begun = time.perf_counter()
+    monkeypatch.setattr("innerloop.data.images.decode_image", None)  # the second time nothing is decoded
     again = omniglot(omniglot_root, cache=tmp_path)
-    assert time.perf_counter() - begun < 5
     for split in dataset:
         assert torch.equal(dataset[split].images, again[split].images)
     assert dataset["train"].images.shape == (23000, 1, 28, 28)
