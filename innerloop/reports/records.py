@@ -186,7 +186,10 @@ def _read_json(path: Path, newest: int = 1) -> Mapping[str, Any]:
 
 def _status_in_grid(run: Path) -> Status:
     run = run.resolve()
-    for entry in _read_json(run.parent.parent / "grid.json").get("runs", []):
+    runs = _read_json(run.parent.parent / "grid.json").get("runs")
+    for entry in runs if isinstance(runs, list) else []:
+        if not isinstance(entry, dict):
+            continue
         if (entry.get("row"), f"seed-{entry.get('seed')}") == (run.parent.name, run.name):
             return "diverged" if entry.get("status") == "diverged" else "unfinished"
     return "unfinished"

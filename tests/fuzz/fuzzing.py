@@ -294,7 +294,8 @@ class Watch:
         self.violations.clear()
         self._resident = _reset_peak()
         _Now.watch = self
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        # Again and again: what is raised while something is freed is lost.
+        signal.setitimer(signal.ITIMER_REAL, SECONDS, 0.1)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         """Raise ``Violation`` for what was done that may not be."""

@@ -388,20 +388,32 @@ _RECORD = {
 }
 
 
-def _metrics(r: Random) -> tuple[bytes, bytes | None]:
+_SUMMARY = {
+    "version": 1,
+    "preset": "quickstart",
+    "seed": 0,
+    "epochs": 2,
+    "test": {"best": {"batch": {"accuracy": 0.5}}},
+}
+_GRID = {"version": 1, "runs": [{"row": "maml", "title": "MAML", "seed": 0, "status": "diverged"}]}
+
+
+def _metrics(r: Random) -> dict[str, bytes]:
+    """Files of a run in a grid: what was recorded, and now and then the others."""
     lines = [json.dumps({**_RECORD, "epoch": i + 1}).encode() for i in range(2)]
-    lines[r.randrange(2)] = json_bytes(changed(r, _RECORD), r)
+    if r.random() < 0.9:
+        lines[r.randrange(2)] = json_bytes(changed(r, _RECORD), r)
     data = b"\n".join(lines) + b"\n"
-    config = json_bytes(changed(r, r.choice(_CONFIGS)), r) if r.random() < 0.3 else None
-    return (mutated(data, r) if r.random() < 0.3 else data), config
+    run = "grid/maml/seed-0"
+    files = {f"{run}/metrics.jsonl": mutated(data, r) if r.random() < 0.3 else data}
+    others = {f"{run}/config.json": r.choice(_CONFIGS), f"{run}/summary.json": _SUMMARY, "grid/grid.json": _GRID}
+    return files | {n: json_bytes(changed(r, d), r) for n, d in others.items() if r.random() < 0.3}
 
 
-def _read_metrics(case: tuple[bytes, bytes | None]) -> None:
-    metrics, config = case
-    _write("run/metrics.jsonl", metrics)
-    if config is not None:
-        _write("run/config.json", config)
-    run = read_run(Path("run"))
+def _read_metrics(case: dict[str, bytes]) -> None:
+    for name, data in case.items():
+        _write(name, data)
+    run = read_run(Path("grid/maml/seed-0"))
     _ = run.is_classification, run.ways, run.initial_inner_lr, run.derivative_switches, run.msl_end
 
 
@@ -505,6 +517,7 @@ def _no_long_work() -> Iterator[None]:
             "innerloop.cli.ablate.build_tasks",
             "innerloop.cli.ablate.run_grid",
             "innerloop.cli.bench.measure",
+            "innerloop.cli.report.write_report",
             "innerloop.cli.serve._listening",
             "innerloop.classify.export.export",
         ):
