@@ -302,8 +302,6 @@ def test_json_nested_without_end_or_of_endless_numbers(text: str, here: Path, ma
     (run.path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config.json is not a run's config"):
         run.read_config()
-    with pytest.raises(ValueError, match=r"config.json is not JSON"):
-        read_run(run.path)
     run = RunFolder(make_run(here / "another"))
     run.metrics.write_text(f"{text}\n{{}}\n")
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 1 is not JSON"):
