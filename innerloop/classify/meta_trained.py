@@ -195,7 +195,7 @@ class MetaTrained:
             compute=replace(self.config.compute, device="cpu"),
         )
         # A stranger's config may ask for more than its checkpoint holds, and than there is of memory: shapes first.
-        with torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
             own = build_learner(config, torch.device("meta")).state_dict()
         state = {name: _first_outputs(t, own.get(name)) for name, t in self.state.items()}
         for name in own.keys() | state.keys():
