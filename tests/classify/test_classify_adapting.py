@@ -53,6 +53,18 @@ def test_the_core_is_imported_without_any_of_this() -> None:
         _ = innerloop.nothing
 
 
+def test_adapting_does_not_wait_for_pytorchs_compiler(tmp_path: Path, make_run: MakeRun, support_folder: Path) -> None:
+    run = make_run(tmp_path / "run", Config(network=SMALL, method=maml_plus_plus(zero_init=("head.*",))))
+    program = (
+        "import sys, innerloop\n"
+        f"innerloop.load({str(run)!r}).adapt({str(support_folder)!r}).save({str(tmp_path / 'my.safetensors')!r})\n"
+        f"innerloop.Classifier.load({str(tmp_path / 'my.safetensors')!r})\n"
+        "print([m for m in ('torch._dynamo', 'sympy', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_a_person_gets_a_classifier_that_works(any_ways: MetaTrained, support_folder: Path, shapes: Draw) -> None:
     classifier = any_ways.adapt(support_folder)
     assert classifier.classes == ("bar", "dot", "post")
