@@ -1,6 +1,10 @@
 """For every test: one core, since the models are small and other work shares the machine, and an empty cache."""
 
 import os
+
+# Of other processes too: two threads each on the cores that two tests share spin more than they compute.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 

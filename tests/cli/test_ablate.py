@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from innerloop.training.config import ConfigError
 from innerloop.training.grids import ABLATION, GRIDS
 
 TINY = ["--filters", "4", "--epochs", "2", "--iterations", "2", "--val-tasks", "2", "--test-tasks", "2"]
-GRID = ["ablation", "--preset", "quickstart", "--train-classes", "30", "--rows", "maml", "mamlpp", "--jobs", "1", *TINY]
+GRID = ["ablation", "--preset", "quickstart", "--train-classes", "30", "--rows", "maml", "mamlpp", "--jobs", "2", *TINY]
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +54,7 @@ def test_rows_are_trained_once_and_a_seed_more_is_added(capsys: pytest.CaptureFi
 
 
 def test_a_stopped_grid_goes_on() -> None:
-    command = [sys.executable, "-m", "innerloop", "ablate", *GRID, "--epochs", "40", "--seeds", "0", "--out", "grid"]
+    command = [sys.executable, "-m", "innerloop", "ablate", *GRID, "--epochs", "12", "--seeds", "0", "--out", "grid"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
     metrics = Path("grid/maml/seed-0/metrics.jsonl")
     deadline = time.monotonic() + 120
@@ -64,12 +65,23 @@ def test_a_stopped_grid_goes_on() -> None:
     assert process.returncode == 143, said
     assert "Go on with: innerloop ablate ablation" in said
     before = metrics.read_text().splitlines()
-    assert 0 < len(before) < 40
+    assert 0 < len(before) < 12
     assert not Path("grid/maml/seed-0/summary.json").exists()
 
-    assert main(["ablate", *GRID, "--epochs", "40", "--seeds", "0", "--out", "grid", "--json"]) == 0
+    assert main(["ablate", *GRID, "--epochs", "12", "--seeds", "0", "--out", "grid", "--json"]) == 0
     assert metrics.read_text().splitlines()[: len(before)] == before
     assert Path("grid/maml/seed-0/summary.json").exists()
+
+
+def test_a_row_of_mini_imagenet_runs_on_generated_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "experiments"))
+    generated = importlib.import_module("generated_mini_imagenet")
+    generated.write(Path("pictures"), "lists", images=16)
+    source = ["--preset", "mini-imagenet-5way-1shot", "--data", "pictures", "--rows", "mamlpp-1", "--seeds", "0"]
+    assert main(["ablate", "steps", *source, *TINY, "--out", "grid", "--json"]) == 0
+    test = json.loads(Path("grid/mamlpp-1/seed-0/summary.json").read_text())["test"]
+    assert test["best"]["batch"]["tasks"] == 2
+    assert "mini-ImageNet 5-way 1-shot" in Path("grid/results.md").read_text()
 
 
 def test_the_rows_are_those_of_the_paper() -> None:
