@@ -334,7 +334,7 @@ PRESETS: dict[str, Preset] = {
         outer={"epochs": 20, "iterations": 40, "meta_batch": 2},
         evaluation={"val_tasks": 30, "test_tasks": 120},
     ),
-    "omniglot-5way-1shot-improved": _improved(5, "half an hour on one core", 100, 8, val_tasks=100),
+    "omniglot-5way-1shot-improved": _improved(5, "a quarter of an hour on one core", 60, 8, val_tasks=50),
     "omniglot-20way-1shot-improved": _improved(
         20, "a quarter of an hour on one core", 60, 2, val_tasks=30, test_tasks=120
     ),
