@@ -89,13 +89,13 @@ GRIDS: dict[str, Grid] = {
         "omniglot-20way-1shot",
         (
             _MAML_PLUS_PLUS,
-            Row("zero-head", "a head of zeros", "maml_plus_plus", _ZERO_HEAD),
-            Row("centre", "and centred drawings", "maml_plus_plus", (*_ZERO_HEAD, "--centre")),
+            Row("centre", "centred drawings", "maml_plus_plus", ("--centre",)),
+            Row("zero-head", "and a head of zeros", "maml_plus_plus", ("--centre", *_ZERO_HEAD)),
             Row(
                 "second-order",
                 "and second order throughout",
                 "maml_plus_plus",
-                (*_ZERO_HEAD, "--centre", "--da-epochs", "0"),
+                ("--centre", *_ZERO_HEAD, "--da-epochs", "0"),
             ),
         ),
     ),
