@@ -23,6 +23,8 @@ REPAIRS = ("msl", "lslr", "bnwb", "bnrs", "ca", "da")
 Settings = Mapping[str, Any]
 """``"section.name"``: value."""
 
+_CENTRE = "data.centre"
+
 # Settings that say where the data lie and how a run was computed, and nothing of what was computed.
 _WHERE = {
     *(f"data.{name}" for name in ("data", "download", "splits_dir", "skip_broken")),
@@ -30,7 +32,7 @@ _WHERE = {
 }
 # What older records do not say, since it could not be otherwise.
 _DEFAULTS: dict[str, Any] = {
-    "data.centre": False,
+    _CENTRE: False,
     "compute.precision": "float32",
     **{f"method.{f.name}": f.default for f in fields(Method)},
 }
@@ -224,13 +226,23 @@ def comparisons(runs: Iterable[RunRecords]) -> list[Comparison]:
     """Groups sorted by task and schedule, which are never mixed in one table, each with its label."""
     sorted_groups: dict[str, list[Group]] = {}
     for group in group_runs(runs):
-        key = {n: v for n, v in group.settings.items() if n.startswith("data.") or n in _SCHEDULE}
+        key = {n: v for n, v in group.settings.items() if _sets_apart(n)}
         sorted_groups.setdefault(repr(sorted(key.items(), key=str)), []).append(group)
     found = [
-        Comparison(task_text(groups[0].settings), schedule_text(groups[0].settings), tuple(_labelled(groups)))
+        Comparison(_task_text(groups), schedule_text(groups[0].settings), tuple(_labelled(groups)))
         for groups in (sorted(groups, key=_row_order) for groups in sorted_groups.values())
     ]
     return [_told_apart(comparison, found) for comparison in found]
+
+
+def _sets_apart(name: str) -> bool:
+    """Whether runs that differ in this setting are of different tasks or schedules. Centring is part of a recipe."""
+    return (name.startswith("data.") and name != _CENTRE) or name in _SCHEDULE
+
+
+def _task_text(groups: Sequence[Group]) -> str:
+    centred = all(group.settings.get(_CENTRE) for group in groups)
+    return task_text(groups[0].settings) + ", centred drawings" * centred
 
 
 def _row_order(group: Group) -> tuple[int, int]:
@@ -246,7 +258,7 @@ def _told_apart(comparison: Comparison, others: Sequence[Comparison]) -> Compari
         return comparison
     apart = differing([other.groups[0] for other in alike])
     values = {name: row[alike.index(comparison)] for name, row in apart.items()}
-    words = [f"{n.split('.', 1)[1]} {v}" for n, v in values.items() if n.startswith("data.") or n in _SCHEDULE]
+    words = [f"{n.split('.', 1)[1]} {v}" for n, v in values.items() if _sets_apart(n)]
     return replace(comparison, schedule=f"{comparison.schedule}; {', '.join(words)}")
 
 
@@ -295,6 +307,8 @@ def setting_text(name: str, value: Any) -> str:
         return f"{value} inner step{'s' * (value != 1)}"
     if name == "network.strided":
         return "strided convolutions" if value else "max-pooling"
+    if name == _CENTRE:
+        return "centred drawings" if value else ""
     if name == "network.filters":
         return f"{value} filters"
     if name == "method.zero_init":

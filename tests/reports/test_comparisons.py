@@ -148,6 +148,16 @@ def test_schedules_and_tasks_are_never_in_one_table(tmp_path: Path) -> None:
     assert len({end for _, end in comparisons._each([tmp_path])}) == 5  # files of their own
 
 
+def test_centring_is_part_of_a_recipe_and_said_once(tmp_path: Path) -> None:
+    plain = write_run(tmp_path / "plain", [0.5], test=0.8)
+    centred = write_run(tmp_path / "centred", [0.5], changes={"data.centre": True}, test=0.9)
+    both = one(plain, centred)
+    assert both.task == "Omniglot 20-way 1-shot"
+    assert [group.label for group in both.groups] == ["MAML", "MAML, centred drawings"]
+    assert one(centred).task == "Omniglot 20-way 1-shot, centred drawings"
+    assert one(centred).groups[0].label == "MAML"
+
+
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere is not a folder"):
         find_runs([tmp_path / "nowhere"])
