@@ -65,6 +65,10 @@ def record(source: Path, name: str) -> None:
                 (folder / part).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(run.path / part, folder / part)
         _strip_paths(folder, source.resolve(), name)
+    pictures = [path for _, path in process_pictures(find_runs([target]))]
+    for path in sorted(target.rglob("process.png")):
+        if path not in pictures:  # two are shown; the others can be drawn from process.json
+            path.unlink()
     for file in sorted(source.rglob("grid.json")):
         shutil.copyfile(file, target / file.relative_to(source))
     if about:
