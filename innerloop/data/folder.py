@@ -26,6 +26,9 @@ from innerloop.data.images import (
 )
 
 _EXPECTED = "a folder of class folders, or train, val and test folders of class folders"
+MAX_FOLDERS = 30_000
+"""In a folder of classes; ImageNet's largest edition has 21,841. A link to / would be walked for ever."""
+MAX_DEPTH = 100
 _LOOKED_AT = 500  # images whose width and height are read for the summary
 
 Classes = dict[str, list[Path]]
@@ -48,58 +51,89 @@ class FoundClasses:
     left_out: list[str] = field(default_factory=list)
 
 
+@dataclass
+class _Walk:
+    """Through a folder and the folders below it, each once however many links lead to it."""
+
+    root: Path
+    found: FoundClasses = field(default_factory=FoundClasses)
+    seen: set[tuple[int, int]] = field(default_factory=set)
+    """Device and number of every folder that was gone into."""
+
+    def __post_init__(self) -> None:
+        self.enters(self.root, "")
+
+    def enters(self, folder: Path, name: str) -> bool:
+        """Whether to go into a folder: not into one that a link leads to a second time, or back to."""
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in self.seen:
+            self.found.left_out.append(f"{name}, which by a link is a folder that is looked at already")
+            return False
+        self.seen.add((status.st_dev, status.st_ino))
+        if len(self.seen) > MAX_FOLDERS:
+            raise ValueError(
+                f"there are more than {MAX_FOLDERS:,} folders in {str(self.root)!r}. Does a link in it lead to "
+                f"more than images? The last folder looked at was {str(folder)!r}"
+            )
+        if name.count("/") > MAX_DEPTH:
+            raise ValueError(
+                f"the folders in {str(self.root)!r} are nested more than {MAX_DEPTH} deep, in {name[:40]!r}..."
+            )
+        return True
+
+
 def find_classes(root: Path) -> FoundClasses:
     """The classes in a folder, however deep: Omniglot's ``alphabet/character`` as well as ``class``.
 
     A class is the uppermost folder, below ``root``, that has images in it; images in folders further down belong to it.
-    Its name is its path from ``root``. Hidden files, thumbnails and what systems leave behind are passed over. A link
-    that leads back to a folder above is not followed.
+    Its name is its path from ``root``. Hidden files, thumbnails and what systems leave behind are passed over. Links
+    are followed, but no folder is gone into twice.
+
+    Raises:
+        ValueError: there are more than ``MAX_FOLDERS`` folders, or they are nested deeper than ``MAX_DEPTH``.
     """
-    found = FoundClasses()
+    walk = _Walk(root)
     stray = [path.name for path in image_files(root)]
     if stray:
-        found.left_out.append(f"{_some('image', stray)} beside the class folders")
-    _find(root, "", (root.resolve(),), found)
-    return found
+        walk.found.left_out.append(f"{_some('image', stray)} beside the class folders")
+    _find(root, "", walk)
+    return walk.found
 
 
 def images_below(root: Path) -> list[Path]:
-    """All images in a folder and in the folders below it, by name; what ``find_classes`` passes over, left out."""
-    return _images_below(root, str(root), (root.resolve(),), FoundClasses())
+    """All images in a folder and in the folders below it, by name; what ``find_classes`` passes over, left out.
+
+    Raises:
+        ValueError: there are more than ``MAX_FOLDERS`` folders, or they are nested deeper than ``MAX_DEPTH``.
+    """
+    return _images_below(root, root.name, _Walk(root))
 
 
-def _find(folder: Path, name: str, above: tuple[Path, ...], found: FoundClasses) -> None:
+def _find(folder: Path, name: str, walk: _Walk) -> None:
     """Add the classes below a folder, or the folder itself if it has images of its own."""
+    found = walk.found
     if name and image_files(folder):
-        found.classes[name] = _images_below(folder, name, above, found)
+        found.classes[name] = _images_below(folder, name, walk)
         return
     before = len(found.classes)
     empty = len(found.empty)
     for inner in subfolders(folder):
         inner_name = f"{name}/{inner.name}".lstrip("/")
-        if _followed(inner, inner_name, above, found):
-            _find(inner, inner_name, (*above, inner.resolve()), found)
+        if walk.enters(inner, inner_name):
+            _find(inner, inner_name, walk)
     if name and len(found.classes) == before:
         found.empty[empty:] = [name]  # in place of the folders below it, which are empty too
 
 
-def _images_below(folder: Path, name: str, above: tuple[Path, ...], found: FoundClasses) -> list[Path]:
+def _images_below(folder: Path, name: str, walk: _Walk) -> list[Path]:
     images = image_files(folder)
     others = [entry.name for entry in visible(folder) if entry.is_file() and entry not in set(images)]
     if others:
-        found.left_out.append(f"{_some('file', others)} in {name} that {_are(others)} no image by name")
+        walk.found.left_out.append(f"{_some('file', others)} in {name} that {_are(others)} no image by name")
     for inner in subfolders(folder):
-        if _followed(inner, f"{name}/{inner.name}", above, found):
-            images += _images_below(inner, f"{name}/{inner.name}", (*above, inner.resolve()), found)
+        if walk.enters(inner, f"{name}/{inner.name}"):
+            images += _images_below(inner, f"{name}/{inner.name}", walk)
     return images
-
-
-def _followed(folder: Path, name: str, above: tuple[Path, ...], found: FoundClasses) -> bool:
-    """Whether to go into a folder: not where a link leads back."""
-    if folder.resolve() not in above:
-        return True
-    found.left_out.append(f"the link {name}, which leads back to a folder above it")
-    return False
 
 
 def _some(what: str, names: Sequence[str]) -> str:

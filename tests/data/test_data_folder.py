@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from innerloop.data import Episodes, image_folder
+from innerloop.data import Episodes, folder, image_folder
 from innerloop.data.folder import find_classes, images_below
 
 
@@ -133,6 +133,37 @@ def test_links_that_lead_back_are_not_followed(tmp_path, encoded) -> None:
     found = find_classes(tmp_path / "all")
     assert list(found.classes) == ["a", "b"]
     assert len(found.left_out) == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+def test_folders_full_of_links_to_each_other_are_walked_once(tmp_path, encoded) -> None:
+    places = [tmp_path / f"f{i:02}" for i in range(30)]  # 30! ways through them
+    for place in places:
+        place.mkdir()
+        for other in places:
+            (place / f"to {other.name}").symlink_to(other)
+    fill(places[-1], encoded, {"a": 10})
+    assert sum(map(len, find_classes(tmp_path).classes.values())) == 2
+    assert len(images_below(tmp_path)) == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+def test_a_link_to_everything_is_refused(tmp_path, encoded, monkeypatch) -> None:
+    fill(tmp_path / "disk", encoded, {f"c{i}/deep": i for i in range(20)})
+    fill(tmp_path / "mine", encoded, {"a": 10})
+    (tmp_path / "mine" / "link").symlink_to(tmp_path / "disk")
+    assert len(find_classes(tmp_path / "mine").classes) == 21
+    monkeypatch.setattr(folder, "MAX_FOLDERS", 40)
+    with pytest.raises(ValueError, match=r"more than 40 folders in .*mine.*Does a link in it lead to more than images"):
+        find_classes(tmp_path / "mine")
+    with pytest.raises(ValueError, match="more than 40 folders"):
+        images_below(tmp_path / "mine")
+
+
+def test_folders_nested_for_ever_are_refused(tmp_path, encoded) -> None:
+    fill(tmp_path, encoded, {"/".join("a" * 300): 10})
+    with pytest.raises(ValueError, match="more than 100 deep"):
+        find_classes(tmp_path)
 
 
 def test_classes_with_too_few_images_are_left_out(tmp_path, encoded, caplog) -> None:
