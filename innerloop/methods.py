@@ -13,13 +13,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from innerloop import schedules
 from innerloop.update_rules import UPDATE_RULES, InnerRule
+
+MAX_RATE = 1e38
+"""What a float32 still holds."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ class Method:
             raise ValueError(
                 f"inner_steps must be at most 10000, got {self.inner_steps}: learned rates are kept for each"
             )
-        if not math.isfinite(self.inner_lr):
-            raise ValueError(f"inner_lr must be a finite number, got {self.inner_lr}")
+        if not abs(self.inner_lr) <= MAX_RATE:
+            raise ValueError(f"inner_lr must be a number of at most {MAX_RATE:g}, got {self.inner_lr}")
         if self.da_epochs < 0:
             raise ValueError(f"da_epochs must be at least 0, got {self.da_epochs}")
         if self.inner_rule not in UPDATE_RULES:

@@ -234,7 +234,7 @@ class MetaTrained:
 
 def _first_outputs(trained: Tensor, own: Tensor | None) -> Tensor:
     """A trained tensor's first entries, where this learner has fewer outputs than were trained."""
-    if own is None or trained.shape == own.shape or trained.shape[1:] != own.shape[1:]:
+    if own is None or trained.shape == own.shape or trained.shape[1:] != own.shape[1:] or not trained.dim():
         return trained  # what does not fit is an error of load_state_dict's
     return trained[: len(own)]
 

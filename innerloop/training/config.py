@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from innerloop.data.images import MAX_SIZE
-from innerloop.methods import METHODS, Method
+from innerloop.methods import MAX_RATE, METHODS, Method
 
 # More than anybody needs of anything; a config from a stranger could ask for more than there is of memory and time.
 MOST = 2**53
@@ -20,7 +20,7 @@ Count = Annotated[int, Field(ge=0, le=MOST)]
 Threads = Annotated[int, Field(ge=0, le=1024)]
 Steps = Annotated[int, Field(ge=0, le=10_000)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=MAX_RATE)]
 
 
 MESSAGE = 2000
@@ -99,9 +99,9 @@ class OuterConfig:
     """Outer updates in an epoch."""
     outer_lr: Rate = 1e-3
     """beta, rate of the outer Adam; where cosine annealing (--ca) starts."""
-    outer_lr_min: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-5
+    outer_lr_min: Annotated[float, Field(ge=0, le=MAX_RATE)] = 1e-5
     """Where cosine annealing ends."""
-    clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    clip: Annotated[float, Field(ge=0, le=MAX_RATE)] = 0.0
     """Clamp every element of the meta-gradient to +-clip (0: do not)."""
     on_divergence: Literal["stop", "skip", "rollback"] = "stop"
     """At a NaN or infinite loss or meta-gradient: stop; skip the update; or go back to the epoch's start with half

@@ -328,6 +328,11 @@ def test_numbers_too_large_for_a_record(here: Path) -> None:
         ("data", "ways", 10**30),
         ("method", "inner_steps", 10**9),
         ("method", "inner_lr", float("nan")),
+        ("method", "inner_lr", 1e300),
+        ("outer", "outer_lr", 1e300),
+        ("outer", "outer_lr", float("nan")),
+        ("outer", "outer_lr_min", 1e300),
+        ("outer", "clip", float("inf")),
         ("compute", "threads", 10**6),
         ("compute", "processes", 10**6),
         ("compute", "seed", 2**70),
@@ -370,3 +375,16 @@ def test_a_checkpoint_that_does_not_say_how_good_it_is(here: Path, make_run: Cal
         save_checkpoint(run.epoch_checkpoint(1), tensors, state)
         with pytest.raises(CheckpointError, match="does not say its epoch"):
             innerloop.load(run.path)
+
+
+def test_a_checkpoint_with_a_number_in_place_of_an_array(
+    here: Path, make_run: Callable[..., Path], support_folder: Path
+) -> None:
+    """Found by fuzzing: an IndexError."""
+    method = maml(inner_steps=1, zero_init=("head.*",))
+    run = RunFolder(make_run(here / "run", Config(network=NetworkConfig(filters=8), method=method)))
+    tensors, state = load_checkpoint(run.epoch_checkpoint(1))
+    bias = next(name for name, tensor in tensors.items() if tensor.dim() == 1)
+    save_checkpoint(run.epoch_checkpoint(1), {**tensors, bias: torch.tensor(0.0)}, state)
+    with pytest.raises(CheckpointError, match=r"does not fit its config.json"):
+        innerloop.load(run.path).adapt(support_folder)
