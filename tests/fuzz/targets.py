@@ -686,6 +686,7 @@ def _warm() -> Iterator[None]:
     _classifier()
     _model()
     _state()
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # imports PyTorch's compiler, which makes code
     yield
 
 
