@@ -439,6 +439,8 @@ class _Training:
             shape = tuple(parameters[number].shape)
             if shapes != {"step": (), "exp_avg": shape, "exp_avg_sq": shape}:
                 raise ValueError(f"the optimiser's state of parameter {number}, {shape}, is {shapes}")
+            if (counted := of_parameter["step"].dtype) not in (torch.float32, torch.float64):
+                raise ValueError(f"the optimiser's steps of parameter {number} are counted in {counted}")
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         generators = [tensors[name].cpu() for name in ("random/cpu", "random/cuda") if name in tensors]

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import stat
 import struct
 import subprocess
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from generators import _LAUGHING_KEY, _LAUGHS, IMAGES, png_of_size, safetensors_file
-from targets import _small_omniglot
+from targets import _resume, _small_omniglot, _state
 
 import innerloop
 from innerloop.classify import Classifier, ModelFileError
@@ -388,3 +389,15 @@ def test_a_checkpoint_with_a_number_in_place_of_an_array(
     save_checkpoint(run.epoch_checkpoint(1), {**tensors, bias: torch.tensor(0.0)}, state)
     with pytest.raises(CheckpointError, match=r"does not fit its config.json"):
         innerloop.load(run.path).adapt(support_folder)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("BOOL", 1), ("C64", 8), ("I64", 8), ("F8_E4M3", 1)])
+def test_a_state_whose_optimiser_counts_in_other_numbers(dtype: str, size: int, here: Path) -> None:
+    """Found by fuzzing: the first update after going on ended in PyTorch's own error."""
+    tensors, state = _state()
+    text = json.dumps({**state, "version": 1})
+    _resume((safetensors_file(tensors, {"innerloop": text}), None))
+    shutil.rmtree("run")
+    other = {**tensors, "optimizer/0/step": (dtype, [], bytes(size))}
+    with pytest.raises(CheckpointError, match="are counted in"):
+        _resume((safetensors_file(other, {"innerloop": text}), None))
