@@ -429,7 +429,7 @@ def _meta_parameters(model: nn.Module, method: Method) -> MetaParameters:
     else:
         rates = learning_rates.constant(adapted, method.inner_lr)
     for name in [n for n in adapted if any(fnmatchcase(n, pattern) for pattern in method.zero_init)]:
-        adapted[name] = adapted[name].detach().clone().zero_()
+        adapted[name] = adapted[name].detach().clone().zero_()  # not zeros_like: see per_step.stack
     stacks = per_step.stack({n: trainable[n] for n in sorted(norm)}, method.inner_steps)
     return MetaParameters(
         adapted=adapted,

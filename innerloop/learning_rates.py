@@ -23,6 +23,7 @@ def per_layer_per_step(theta: Mapping[str, Tensor], rate: float, inner_steps: in
 
 def per_element(theta: Mapping[str, Tensor], rate: float) -> dict[str, Tensor]:
     """Meta-SGD (Li et al. 2017): a learned alpha of the parameter's own shape, the same at every step."""
+    # Not full_like: see per_step.stack.
     return {name: t.detach().clone().fill_(rate).requires_grad_() for name, t in theta.items()}
 
 

@@ -56,7 +56,7 @@ def whole_batch_statistics(model: nn.Module) -> Iterator[None]:
 
 def stack(tensors: Mapping[str, Tensor], inner_steps: int) -> dict[str, Tensor]:
     """Each tensor repeated for every inner step: ``[K, ...]``, memory of its own."""
-    # Not torch.stack, which on the meta device (where a checkpoint is looked at) imports PyTorch's compiler: 2 s.
+    # Not torch.stack: on the meta device, where a checkpoint is looked at, it imports PyTorch's compiler, 2 s.
     return {name: t.new_empty((inner_steps, *t.shape)).copy_(t.detach()) for name, t in tensors.items()}
 
 
