@@ -72,7 +72,7 @@ GRIDS: dict[str, Grid] = {
         (
             _MAML,
             *(
-                Row(f"mamlpp-{k}", f"MAML++, {k} steps", "maml_plus_plus", ("--inner-steps", str(k)))
+                Row(f"mamlpp-{k}", f"MAML++, {k} step{'s' * (k > 1)}", "maml_plus_plus", ("--inner-steps", str(k)))
                 for k in range(1, 6)
             ),
         ),
