@@ -16,7 +16,8 @@ from innerloop.reports import comparison_panels, comparisons, run_panels
 from innerloop.reports.files import write_text
 from innerloop.reports.groups import Comparison, Group, find_runs
 from innerloop.reports.groups import comparisons as compared
-from innerloop.reports.process import draw_process, read_process
+from innerloop.reports.process import read_process
+from innerloop.reports.process_panel import draw_process
 from innerloop.reports.records import RunRecords
 from innerloop.reports.style import figure_at
 from innerloop.reports.tables import (

@@ -1,4 +1,4 @@
-"""The process of a method on one task, as a small record: what ``process.json`` holds and its picture is drawn from."""
+"""The process of a method on one task, as a small record: what ``process.json`` holds and ``process_panel`` draws."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from innerloop.reports.files import write_text
-from innerloop.reports.style import figure_at
 
 VERSION = 1
 MOST_CLASSES, MOST_SHOTS = 5, 2
@@ -122,10 +121,9 @@ def few_images(
     return [[encoded_image(images[i]) for i in indices] for indices in of_class]
 
 
-def write_process(folder: Path, record: ProcessRecord) -> list[Path]:
-    """Write ``process.json`` into a run's folder of figures, and ``process.png``, its picture."""
-    path = write_text(folder / "process.json", json.dumps(asdict(record), indent=1) + "\n")
-    return [path, draw_process(folder / "process.png", record)]
+def write_process(path: Path, record: ProcessRecord) -> Path:
+    """Write a record as JSON."""
+    return write_text(path, json.dumps(asdict(record), indent=1) + "\n")
 
 
 def read_process(path: Path) -> ProcessRecord:
@@ -146,13 +144,3 @@ def read_process(path: Path) -> ProcessRecord:
 
 def _moment(values: Mapping[str, Any]) -> Moment:
     return Moment(**values)
-
-
-def draw_process(path: Path, record: ProcessRecord) -> Path:
-    """The picture of a record: support set, inner steps, query losses, and how they make the outer update."""
-    from innerloop.reports.process_panel import process_panel, process_size
-
-    width, height = process_size(record)
-    with figure_at(path, width + 0.3, height + 0.3) as figure:
-        process_panel(figure.add_subplot(), record)
-    return path

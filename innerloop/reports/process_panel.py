@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import textwrap
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,14 @@ _BAR_TOP, _BAR_BOTTOM = 1.85, 1.26
 _BOTTOM, _HEIGHT = 0.3, 6.85
 _MOST_COLUMNS = 7
 _SUPPORT, _QUERY, _START, _END = style.GREEN, style.BLUE, style.SKY, style.VERMILLION
+
+
+def draw_process(path: Path, record: ProcessRecord) -> Path:
+    """The picture of a record: support set, inner steps, query losses, and how they make the outer update."""
+    width, height = process_size(record)
+    with style.figure_at(path, width + 0.3, height + 0.3) as figure:
+        process_panel(figure.add_subplot(), record)
+    return path
 
 
 def process_size(record: ProcessRecord) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from innerloop.reports.figures import (
 )
 from innerloop.reports.groups import method_label, settings, task_text
 from innerloop.reports.process import MOST_SHOTS, Moment, ProcessRecord, few_images, write_process
+from innerloop.reports.process_panel import draw_process
 from innerloop.reports.records import read_run
 from innerloop.training.trainer import inner_rates
 
@@ -32,11 +33,13 @@ def write_figures(run: Path, steps: int, source: TaskSource, learner: MetaLearne
         return [*written, draw_adapted_curves(figures / "adapted_curves.png", tasks=tasks)]
     assert isinstance(source, Episodes)
     picture = _task_picture(learner, source, 0, steps)
+    process = process_record(run, learner, source)
     return [
         *written,
         draw_task(figures / "task.png", picture),
         draw_overview(figures / "overview.png", run, task=picture),
-        *write_process(figures, process_record(run, learner, source)),
+        write_process(figures / "process.json", process),
+        draw_process(figures / "process.png", process),
     ]
 
 

@@ -17,12 +17,11 @@ from innerloop.reports.process import (
     Moment,
     ProcessRecord,
     decoded_image,
-    draw_process,
     encoded_image,
     read_process,
     write_process,
 )
-from innerloop.reports.process_panel import process_panel
+from innerloop.reports.process_panel import draw_process, process_panel
 from innerloop.training.figures import process_record
 
 from .synthetic import write_run
@@ -60,8 +59,9 @@ def test_an_image_comes_back_as_it_was(channels: int) -> None:
 
 def test_a_record_is_drawn_again_from_its_file(tmp_path: Path) -> None:
     record = make_record()
-    path, picture = write_process(tmp_path, record)
+    path = write_process(tmp_path / "process.json", record)
     assert read_process(path) == record
+    picture = draw_process(tmp_path / "process.png", record)
     again = draw_process(tmp_path / "again.png", read_process(path))
     assert again.read_bytes() == picture.read_bytes()
 

@@ -43,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(tmp_path / "runs" / "other", [0.5, 0.6], changes={"outer.iterations": 500}, test=0.8)
     figures = grid / "mamlpp" / "seed-0" / "figures"
     figures.mkdir()
-    write_process(figures, make_record())
+    write_process(figures / "process.json", make_record())
     return tmp_path / "runs"
 
 
