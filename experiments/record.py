@@ -65,7 +65,7 @@ def record(source: Path, name: str) -> None:
                 (folder / part).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(run.path / part, folder / part)
         _strip_paths(folder, source.resolve(), name)
-    pictures = [path for _, path in process_pictures(find_runs([target]))]
+    pictures = [path for _, path in process_pictures(_every_run())]
     for path in sorted(target.rglob("process.png")):
         if path not in pictures:  # two are shown; the others can be drawn from process.json
             path.unlink()
@@ -245,7 +245,7 @@ def results_page() -> str:
         names = [run.path.name for group in comparison.groups for run in group.runs]
         links = ", ".join(f"[{name}](../experiments/results/{name})" for name in names)
         lines += ["", f"Records: {links}."]
-    pictures = process_pictures([*singles, *find_runs([RESULTS])])
+    pictures = process_pictures(_every_run())
     if pictures:
         lines += ["", "## One task, through the inner and the outer loop"]
         for run, path in pictures:
@@ -324,6 +324,11 @@ def grid_items(grid: Path) -> list[Item]:
 
 def _drawing(function: Callable[[Comparison, Path], Path], comparison: Comparison) -> Callable[[Path], Path]:
     return lambda path: function(comparison, path)
+
+
+def _every_run() -> list[RunRecords]:
+    """Single runs first."""
+    return [*(read_started_run(path.parent) for path in sorted(RESULTS.glob("*/config.json"))), *find_runs([RESULTS])]
 
 
 def process_pictures(runs: list[RunRecords]) -> list[tuple[RunRecords, Path]]:

@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, M
 from numpy.typing import NDArray
 
 from innerloop.reports import style
+from innerloop.reports.estimates import Which
 from innerloop.reports.groups import Comparison, Group
 from innerloop.reports.records import EpochRecord, RunRecords
 from innerloop.reports.tables import AblationRow, ablation_paper_figure, ablation_rows
@@ -293,16 +294,16 @@ def plain_log_ticks(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def steps_panel(axes: Axes, steps: dict[int, Group], five_step_maml: Group | None) -> None:
-    """Test accuracy of MAML++ by its number of inner steps, five-step MAML as a line, and the paper's figures."""
+def steps_panel(axes: Axes, steps: dict[int, Group], five_step_maml: Group | None, which: Which) -> None:
+    """Test accuracy of MAML++ by its number of inner steps, five-step MAML as a line, and the paper's (ensembles')."""
     places, figures = [], []
     for count, group in sorted(steps.items()):
-        figure = group.tested("ensemble")
+        figure = group.tested(which)
         if figure is not None:
             places.append(count)
             figures.append(figure.scaled(100))
     paper_points = {count: f for count, group in sorted(steps.items()) if (f := group.paper_figure()) is not None}
-    if paper_points:
+    if paper_points and which == "ensemble":
         axes.plot(
             list(paper_points),
             [figure.accuracy for figure in paper_points.values()],
@@ -349,7 +350,7 @@ def steps_panel(axes: Axes, steps: dict[int, Group], five_step_maml: Group | Non
             color=style.BLUE,
             ha="center",
         )
-    reference = None if five_step_maml is None else five_step_maml.tested("ensemble")
+    reference = None if five_step_maml is None else five_step_maml.tested(which)
     if reference is not None:
         percent = reference.scaled(100)
         axes.axhline(
@@ -357,7 +358,7 @@ def steps_panel(axes: Axes, steps: dict[int, Group], five_step_maml: Group | Non
             color=style.VERMILLION,
             linestyle=(0, (4, 1.5)),
             zorder=2,
-            label=f"five-step MAML: {percent.mean:.1f}" + (", deviation over seeds" if percent.deviation else ""),
+            label="five-step MAML, mean over seeds" + (" and deviation" if percent.deviation else ""),
         )
         if percent.deviation:
             axes.axhspan(
@@ -371,10 +372,9 @@ def steps_panel(axes: Axes, steps: dict[int, Group], five_step_maml: Group | Non
     axes.set_xticks(sorted(steps))
     axes.set_xlim(min(steps) - 0.4, max(steps) + 0.5)
     axes.set_xlabel("inner steps of MAML++, in training and at test")
-    axes.set_ylabel("test accuracy of the ensemble")
+    axes.set_ylabel(f"test accuracy of the {'ensemble' if which == 'ensemble' else 'best checkpoint'}")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.4g}%"))
     style.tidy(axes)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 
 def legend_handles(groups: Sequence[Group]) -> list[Line2D]:

@@ -143,12 +143,14 @@ def _write_steps(comparison: Comparison, out: Path, end: str) -> list[Path]:
 
 
 def draw_steps(comparison: Comparison, path: Path) -> Path:
-    """``steps_panel`` as a figure."""
+    """``steps_panel`` of ensembles and of best checkpoints."""
     steps, five = steps_groups(comparison)
-    with figure_at(path, 6.4, 4.6) as figure:
-        axes = figure.add_subplot()
-        panels.steps_panel(axes, steps, five)
-        panels.title(axes, f"{comparison.task}: inner steps", comparison.schedule, width=84)
+    with figure_at(path, 9.6, 4.8) as figure:
+        left, right = figure.subplots(1, 2, sharey=True)
+        panels.steps_panel(left, steps, five, "ensemble")
+        panels.steps_panel(right, steps, five, "best")
+        panels.title(left, f"{comparison.task}: inner steps", comparison.schedule, width=64)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return path
 
 

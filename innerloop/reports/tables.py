@@ -313,21 +313,22 @@ def steps_table(comparison: Comparison) -> Table:
     for name, group, theirs in lines:
         cells = [name, *_figure_cells(group)]
         rows.append([*cells, DASH if theirs is None else theirs.text()])
-    notes = [steps_words(comparison), *_ablation_notes(comparison, rows)]
+    notes = [*(steps_words(comparison, which) for which in _BOTH), *_ablation_notes(comparison, rows)]
     return Table(comparison.caption, ["method", *_FIGURE_COLUMNS, _PAPER_COLUMN], rows, notes)
 
 
-def steps_words(comparison: Comparison) -> str:
+def steps_words(comparison: Comparison, which: Which) -> str:
     """One-step MAML++ against five-step MAML, in words, whichever way it came out."""
     steps, five = steps_groups(comparison)
-    one = steps[1].tested("ensemble") if 1 in steps else None
-    maml = None if five is None else five.tested("ensemble")
+    one = steps[1].tested(which) if 1 in steps else None
+    maml = None if five is None else five.tested(which)
+    name = "Ensembles" if which == "ensemble" else "Best checkpoints"
     if one is None or maml is None:
-        return "One-step MAML++ against five-step MAML: not both were run."
+        return f"{name}: one-step MAML++ against five-step MAML: not both were run."
     one, maml = one.scaled(100), maml.scaled(100)
     gap = one.mean - maml.mean
     words = "ahead of" if gap > 0 else "behind" if gap < 0 else "level with"
-    text = f"One-step MAML++ ({paired(one)}) is {words} five-step MAML ({paired(maml)})"
+    text = f"{name}: one-step MAML++ ({paired(one)}) is {words} five-step MAML ({paired(maml)})"
     text += f", by {abs(gap):.2f} points" if gap else ""
     if one.deviation is not None and maml.deviation is not None:
         spread = math.hypot(one.deviation, maml.deviation)

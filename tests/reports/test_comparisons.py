@@ -259,10 +259,13 @@ def test_normalisations_that_were_not_recorded_are_dashes(tmp_path: Path) -> Non
 def test_one_step_against_five_in_words(tmp_path: Path, single: list[float], five: list[float], says: str) -> None:
     rows = {"maml": MAML, "one": ("maml_plus_plus", {"method.inner_steps": 1}), "five": PLUS}
     grid = write_grid(tmp_path / "grid", rows, {"maml": five, "one": single, "five": [0.97]})
-    assert re.search(says, tables.steps_words(one(grid)))
+    assert re.search(says, tables.steps_words(one(grid), "ensemble"))
     text, picture = comparisons.write_steps([grid], tmp_path / "out")
     assert picture.read_bytes().startswith(PNG)
     lines = text.read_text().splitlines()
+    both = [tables.steps_words(one(grid), which) for which in ("ensemble", "best")]
+    assert both[0] != both[1]
+    assert set(both) <= set(lines)
     assert any(line.startswith("| MAML++, 2 inner steps | not run |") for line in lines)
     assert any(line.startswith("| MAML++, 5 inner steps | 1 | 97.00 |") for line in lines)
 
