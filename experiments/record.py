@@ -297,6 +297,7 @@ def _draw_speed(comparison: Comparison, path: Path) -> Path:
 KINDS: dict[str, tuple[Callable[[Comparison], Table] | None, Callable[[Comparison, Path], Path], str]] = {
     "ablation": (ablation_table, draw.draw_ablation, "Each repair by itself"),
     "steps": (steps_table, draw.draw_steps, "By the number of inner steps"),
+    "rows": (None, draw.draw_rows, "Row by row"),
     "stability": (None, draw.draw_stability, "Every seed, and the norm of the meta-gradient"),
     "speed": (_speed_table, _draw_speed, "Over outer updates, and over the time of training"),
 }

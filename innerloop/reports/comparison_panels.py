@@ -18,7 +18,7 @@ from innerloop.reports import style
 from innerloop.reports.estimates import Which
 from innerloop.reports.groups import Comparison, Group
 from innerloop.reports.records import EpochRecord, RunRecords
-from innerloop.reports.tables import AblationRow, ablation_paper_figure, ablation_rows
+from innerloop.reports.tables import AblationRow, ablation_paper_figure
 
 
 def ablation_label(row: AblationRow) -> str:
@@ -29,13 +29,13 @@ def ablation_label(row: AblationRow) -> str:
     return "\n".join(lines)
 
 
-def ablation_panel(axes: Axes, comparison: Comparison) -> None:
-    """A line for each row of the table of single repairs: measured, with both spreads, and the paper's figure.
+def rows_panel(axes: Axes, comparison: Comparison, rows: Sequence[AblationRow]) -> None:
+    """A line for each row of a table: measured, with both spreads, and the paper's figure.
 
     The dot is the mean over seeds of the ensemble's test accuracy, its bar the deviation over seeds (none with one
-    seed), small ticks the single seeds, the wide pale band the 95% interval over tasks.
+    seed), small ticks the single seeds, the wide pale band the 95% interval over tasks. The square is the mean over
+    seeds of the single best checkpoint's.
     """
-    rows = ablation_rows(comparison)
     drawn: set[str] = set()
     for place, row in enumerate(rows):
         theirs = ablation_paper_figure(comparison, row)
@@ -99,13 +99,17 @@ def ablation_panel(axes: Axes, comparison: Comparison) -> None:
             drawn.add("seeds")
         axes.plot([percent.mean], [y], "o", color=style.BLUE, markersize=7, zorder=4)
         drawn.add("mean")
+        single = row.group.tested("best")
+        if single is not None:
+            axes.plot([100 * single.mean], [y], "s", color=style.BLUE, markersize=5, markerfacecolor="white", zorder=5)
+            drawn.add("best")
     axes.set_yticks(range(len(rows)), [ablation_label(row) for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     low, high = axes.get_xlim()
     axes.set_xlim(low - 0.06 * (high - low), min(high, 100.5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}%"))
-    axes.set_xlabel("test accuracy of the ensemble of the best checkpoints")
+    axes.set_xlabel("test accuracy")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_axisbelow(True)
     axes.xaxis.grid(True, color=style.PALE, linewidth=0.6)
@@ -119,7 +123,17 @@ def ablation_panel(axes: Axes, comparison: Comparison) -> None:
             linestyle="none",
             color=style.BLUE,
             markersize=7,
-            label="measured, mean over seeds" if "seeds" in drawn else "measured, one seed",
+            label=f"ensemble of the best checkpoints, {'mean over seeds' if 'seeds' in drawn else 'one seed'}",
+        ),
+        "best": Line2D(
+            [],
+            [],
+            marker="s",
+            linestyle="none",
+            color=style.BLUE,
+            markerfacecolor="white",
+            markersize=5,
+            label=f"best checkpoint, {'mean over seeds' if 'seeds' in drawn else 'one seed'}",
         ),
         "seeds": Line2D(
             [],
@@ -129,9 +143,9 @@ def ablation_panel(axes: Axes, comparison: Comparison) -> None:
             markeredgecolor=style.INK,
             markersize=9,
             linewidth=1.6,
-            label="single seeds; deviation over seeds",
+            label="ensembles: single seeds, deviation over seeds",
         ),
-        "tasks": Line2D([], [], color=style.BLUE, alpha=0.25, linewidth=8, label="95% interval over tasks"),
+        "tasks": Line2D([], [], color=style.BLUE, alpha=0.25, linewidth=8, label="ensembles: 95% interval over tasks"),
         "paper": Line2D(
             [],
             [],
@@ -143,10 +157,9 @@ def ablation_panel(axes: Axes, comparison: Comparison) -> None:
             label="paper (full schedule), with its ±",
         ),
     }
-    axes.legend(
-        handles=[keys[name] for name in ("mean", "seeds", "tasks", "paper") if name in drawn],
-        loc="upper center",
-        bbox_to_anchor=(0.42, -0.11),
+    axes.figure.legend(
+        handles=[keys[name] for name in ("mean", "seeds", "tasks", "best", "paper") if name in drawn],
+        loc="outside lower center",
         ncols=2,
     )
 

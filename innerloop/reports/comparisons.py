@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -23,10 +23,12 @@ from innerloop.reports.files import write_text
 from innerloop.reports.groups import Comparison, comparisons, find_runs
 from innerloop.reports.style import figure_at
 from innerloop.reports.tables import (
+    AblationRow,
     ablation_numbers,
     ablation_rows,
     ablation_table,
     accuracy_table,
+    is_ablation,
     normalisation_table,
     per_step_table,
     speed_table,
@@ -39,8 +41,8 @@ def write_grid(runs: Iterable[Path], out: Path) -> list[Path]:
     """Every table and figure that says something about these runs: what ``innerloop ablate`` leaves in a grid's folder.
 
     ``results.md`` always (accuracy, normalisations, inner steps); of ``write_ablation``, ``write_steps``,
-    ``write_stability`` and ``write_speed`` those that fit what was run. Takes, returns and raises what
-    ``write_ablation`` does.
+    ``write_stability`` and ``write_speed`` those that fit what was run; ``rows.png`` of three rows and more that are
+    neither single repairs nor numbers of steps. Takes, returns and raises what ``write_ablation`` does.
     """
     written = []
     for comparison, end in _each(runs):
@@ -52,7 +54,7 @@ def write_grid(runs: Iterable[Path], out: Path) -> list[Path]:
     return written
 
 
-Kind = Literal["ablation", "steps", "stability", "speed"]
+Kind = Literal["ablation", "steps", "rows", "stability", "speed"]
 
 
 def fitting(comparison: Comparison) -> list[Kind]:
@@ -60,8 +62,10 @@ def fitting(comparison: Comparison) -> list[Kind]:
     kinds: list[Kind] = []
     if len(steps_groups(comparison)[0]) > 1:
         kinds.append("steps")
-    elif sum(row.group is not None for row in ablation_rows(comparison)) >= 4:
+    elif is_ablation(comparison):
         kinds.append("ablation")
+    elif len(comparison.groups) > 2 and any(group.finished for group in comparison.groups):
+        kinds.append("rows")
     if not any(run.epochs for group in comparison.groups for run in group.runs):
         return kinds
     if len(comparison.groups) <= 4:
@@ -116,12 +120,25 @@ def _write_ablation(comparison: Comparison, out: Path, end: str) -> list[Path]:
 
 
 def draw_ablation(comparison: Comparison, path: Path) -> Path:
-    """``ablation_panel`` as a figure."""
-    labels = [panels.ablation_label(row) for row in ablation_rows(comparison)]
+    """``rows_panel`` of the paper's rows."""
+    return _draw_rows(comparison, ablation_rows(comparison), path)
+
+
+def _write_rows(comparison: Comparison, out: Path, end: str) -> list[Path]:
+    return [draw_rows(comparison, out / f"rows{end}.png")]
+
+
+def draw_rows(comparison: Comparison, path: Path) -> Path:
+    """``rows_panel`` of what was run, whatever the paper's rows."""
+    return _draw_rows(comparison, [AblationRow(group.label, group) for group in comparison.groups], path)
+
+
+def _draw_rows(comparison: Comparison, rows: Sequence[AblationRow], path: Path) -> Path:
+    labels = [panels.ablation_label(row) for row in rows]
     height = max(0.42, *(0.08 + 0.14 * len(label.splitlines()) for label in labels))
-    with figure_at(path, 7.6, 1.7 + height * len(labels)) as figure:
+    with figure_at(path, 7.6, 1.9 + height * len(labels)) as figure:
         axes = figure.add_subplot()
-        panels.ablation_panel(axes, comparison)
+        panels.rows_panel(axes, comparison, rows)
         panels.title(axes, comparison.task, comparison.schedule)
     return path
 
@@ -254,6 +271,7 @@ def draw_speed(comparison: Comparison, path: Path) -> Path:
 _WRITERS: dict[Kind, Callable[[Comparison, Path, str], list[Path]]] = {
     "ablation": _write_ablation,
     "steps": _write_steps,
+    "rows": _write_rows,
     "stability": _write_stability,
     "speed": _write_speed,
 }

@@ -15,7 +15,7 @@ from typing import Any
 from innerloop.methods import Method
 from innerloop.reports import paper
 from innerloop.reports.estimates import Estimate, Which, over_runs
-from innerloop.reports.records import RunRecords, read_started_run
+from innerloop.reports.records import RunRecords, read_started_run, rows_of_grid
 
 REPAIRS = ("msl", "lslr", "bnwb", "bnrs", "ca", "da")
 """MAML++'s six, in the order of the paper's table."""
@@ -43,7 +43,7 @@ _SCHEDULE = {
 
 
 def find_runs(paths: Iterable[Path]) -> list[RunRecords]:
-    """The runs at these paths and in the folders below them, in order of their paths; each once.
+    """The runs at these paths and in the folders below them, in order of their paths, a grid's as in it; each once.
 
     A run is a folder with a ``config.json`` that ``innerloop train`` wrote. One that has not finished counts as well,
     with its status.
@@ -56,7 +56,9 @@ def find_runs(paths: Iterable[Path]) -> list[RunRecords]:
     for path in paths:
         if not path.is_dir():
             raise FileNotFoundError(f"{path} is not a folder: give run folders, or folders of them")
-        folders = [file.parent for file in sorted(path.rglob("config.json"), key=lambda f: _natural(f.parent))]
+        grids = [file.parent for file in path.rglob("grid.json")]
+        rows = {grid / row: place for grid in grids for place, row in enumerate(rows_of_grid(grid))}
+        folders = sorted((file.parent for file in path.rglob("config.json")), key=lambda f: _natural(f, rows))
         runs = [run for run in map(read_started_run, folders) if run.config]
         if not runs:
             raise FileNotFoundError(
@@ -66,9 +68,11 @@ def find_runs(paths: Iterable[Path]) -> list[RunRecords]:
     return list(found.values())
 
 
-def _natural(path: Path) -> list[tuple[str, int, str]]:
-    """Sorts seed-10 after seed-9."""
-    return [(text, int(number or 0), "") for text, number in re.findall(r"(\D*)(\d*)", str(path)) if text or number]
+def _natural(path: Path, rows: Mapping[Path, int]) -> list[tuple[str, int]]:
+    """Sorts seed-10 after seed-9, and rows of grids as they are there."""
+    if path.parent in rows:
+        return [*_natural(path.parent.parent, {}), ("", rows[path.parent]), *_natural(Path(path.name), {})]
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", str(path)) if text or number]
 
 
 def settings(run: RunRecords) -> dict[str, Any]:

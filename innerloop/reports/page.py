@@ -22,7 +22,6 @@ from innerloop.reports.records import RunRecords
 from innerloop.reports.style import figure_at
 from innerloop.reports.tables import (
     Table,
-    ablation_rows,
     ablation_table,
     accuracy_table,
     commands_table,
@@ -31,7 +30,6 @@ from innerloop.reports.tables import (
     per_step_table,
     runs_table,
     speed_table,
-    steps_groups,
     steps_table,
 )
 
@@ -170,17 +168,20 @@ def _blocks(comparison: Comparison, folder: Path) -> list[Block]:
 
 
 def _results(comparison: Comparison, folder: Path) -> Block:
-    steps, _ = steps_groups(comparison)
+    kinds = comparisons.fitting(comparison) if comparison.is_classification else []
     pictures = []
     tables = [accuracy_table(comparison)]
-    if comparison.is_classification and sum(row.group is not None for row in ablation_rows(comparison)) >= 4:
+    if "ablation" in kinds:
         tables = [ablation_table(comparison)]
         path = comparisons.draw_ablation(comparison, folder / "ablation.png")
         pictures.append(Picture(path, "Each repair by itself, and all of them, beside the paper"))
-    if len(steps) > 1:
+    if "steps" in kinds:
         tables.append(steps_table(comparison))
         path = comparisons.draw_steps(comparison, folder / "steps.png")
         pictures.append(Picture(path, "MAML++ by its number of inner steps"))
+    if "rows" in kinds:
+        path = comparisons.draw_rows(comparison, folder / "rows.png")
+        pictures.append(Picture(path, "Row by row, beside the paper"))
     return Block("Results", tables=tables, pictures=pictures)
 
 

@@ -184,12 +184,22 @@ def _read_json(path: Path, newest: int = 1) -> Mapping[str, Any]:
     return document
 
 
+def rows_of_grid(folder: Path) -> list[str]:
+    """The rows that ``innerloop ablate`` ran into a folder, in their order; empty where there is no ``grid.json``.
+
+    Raises ``ValueError`` for a damaged one.
+    """
+    return list(dict.fromkeys(str(entry.get("row")) for entry in _grid_entries(folder)))
+
+
+def _grid_entries(folder: Path) -> list[Mapping[str, Any]]:
+    runs = _read_json(folder / "grid.json").get("runs")
+    return [entry for entry in runs if isinstance(entry, dict)] if isinstance(runs, list) else []
+
+
 def _status_in_grid(run: Path) -> Status:
     run = run.resolve()
-    runs = _read_json(run.parent.parent / "grid.json").get("runs")
-    for entry in runs if isinstance(runs, list) else []:
-        if not isinstance(entry, dict):
-            continue
+    for entry in _grid_entries(run.parent.parent):
         if (entry.get("row"), f"seed-{entry.get('seed')}") == (run.parent.name, run.name):
             return "diverged" if entry.get("status") == "diverged" else "unfinished"
     return "unfinished"

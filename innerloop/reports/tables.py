@@ -107,6 +107,11 @@ def ablation_rows(comparison: Comparison) -> list[AblationRow]:
     return rows + [AblationRow(group.label, group) for group in left]
 
 
+def is_ablation(comparison: Comparison) -> bool:
+    """Whether so many of the paper's rows were run that the others are missing."""
+    return len(comparison.groups) > 3 and len({g.method for g in comparison.groups} & set(paper.ABLATION_ROWS)) > 2
+
+
 def ablation_paper_figure(comparison: Comparison, row: AblationRow) -> paper.PaperFigure | None:
     """The paper's figure for a row, also of one that was not run."""
     if row.group is not None:

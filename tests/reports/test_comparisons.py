@@ -225,15 +225,36 @@ def test_the_table_of_single_repairs(grid: Path, tmp_path: Path) -> None:
 
 def test_the_figure_of_single_repairs(grid: Path) -> None:
     axes = Figure().add_subplot()
-    comparison_panels.ablation_panel(axes, one(grid))
+    comparison = one(grid)
+    comparison_panels.rows_panel(axes, comparison, tables.ablation_rows(comparison))
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels[0] == "MAML\n(2 of 3 seeds finished)"
     assert labels[7] == "MAML++"
     dots = [tuple(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"]
     assert np.allclose(sorted(dots), [[50.0], [91.0], [95.0], [97.0]])
     assert sum(text.get_text() == "not run" for text in axes.texts) == 5
+    squares = [tuple(line.get_xdata()) for line in axes.lines if line.get_marker() == "s"]
+    assert np.allclose(sorted(squares), np.sort([[g.tested("best").mean] for g in comparison.groups], axis=0) * 100)
     diamonds = sorted(float(line.get_xdata()[0]) for line in axes.lines if line.get_marker() == "D")
     assert diamonds == sorted(figure.accuracy for figure in paper.FIGURES["omniglot", 20, 1].values())
+
+
+def test_other_rows_are_drawn_as_they_are_in_their_grid(tmp_path: Path) -> None:
+    centred = {"data.centre": True}
+    rows = {
+        "plain": PLUS,
+        "centre": ("maml_plus_plus", centred),
+        "at-once": ("maml_plus_plus", {**centred, "method.da_epochs": 0}),
+    }
+    grid = write_grid(tmp_path / "grid", rows, {"plain": [0.8], "centre": [0.9], "at-once": [0.95]})
+    comparison = one(grid)
+    assert [group.tested("ensemble").mean for group in comparison.groups] == [0.8, 0.9, 0.95]
+    assert comparisons.fitting(comparison) == ["rows", "stability"]
+    names = [path.name for path in comparisons.write_grid([grid], tmp_path / "out")]
+    assert names == ["results.md", "rows.png", "stability.png"]
+    (grid / "grid.json").write_text("[")
+    with pytest.raises(ValueError, match=r"grid\.json is not JSON"):
+        find_runs([grid])
 
 
 def test_normalisations_that_were_not_recorded_are_dashes(tmp_path: Path) -> None:
