@@ -280,13 +280,13 @@ def _mini_imagenet(shots: int) -> Preset:
 
 
 def _improved(ways: int, meta_batch: int, **evaluation: int) -> Preset:
-    """The recipe of the recorded run ``omniglot-20way-1shot-improved``."""
+    """The recipe that does best in the recorded grid ``recipe``, for half as many updates again."""
     return Preset(
         about=f"Omniglot {ways}-way 1-shot, 1,200 updates with a head of zeros and centred drawings",
-        method_settings={"msl_epochs": 2, "da_epochs": 5, "zero_init": ("head.*",)},
+        method_settings={"msl_epochs": 2, "da_epochs": 0, "zero_init": ("head.*",)},
         data={"dataset": "omniglot", "ways": ways, "rotations": True, "centre": True},
         network={"filters": 32},
-        outer={"epochs": 20, "iterations": 60, "meta_batch": meta_batch, "outer_lr": 2e-3},
+        outer={"epochs": 20, "iterations": 60, "meta_batch": meta_batch, "outer_lr": 3e-3},
         evaluation=evaluation,
     )
 
