@@ -506,6 +506,7 @@ def _no_long_work() -> Iterator[None]:
         importlib.import_module(f"innerloop.cli.{name}")
     with contextlib.suppress(ModuleNotFoundError):
         importlib.import_module("innerloop.serve")
+    _import_compiler()
     _trained()
     with contextlib.ExitStack() as stack:
         for name in (
@@ -686,8 +687,13 @@ def _warm() -> Iterator[None]:
     _classifier()
     _model()
     _state()
-    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # imports PyTorch's compiler, which makes code
+    _import_compiler()
     yield
+
+
+def _import_compiler() -> None:
+    """PyTorch's first optimiser imports its compiler, which makes code."""
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])
 
 
 def _cases(generate: Callable[[Random], Any]) -> st.SearchStrategy[Any]:
