@@ -73,7 +73,8 @@ def run(arguments: Sequence[str]) -> int:
             # The socket listens already, so the browser's request waits for the server rather than failing.
             webbrowser.open(address)
         server.run(sockets=[listening])
-    return 0
+    # A Ctrl-C mostly ends in KeyboardInterrupt, but on a busy machine the server has been seen to return instead.
+    return 130 if server.should_exit else 0
 
 
 def _listening(host: str, port: int) -> socket.socket:
