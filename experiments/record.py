@@ -216,7 +216,7 @@ def stranger_lines() -> list[str]:
 
 def results_page() -> str:
     """The text of docs/results.md."""
-    singles = [read_started_run(path.parent) for path in sorted(RESULTS.glob("*/config.json"))]
+    singles = _single_runs()
     lines = [
         "# Recorded results",
         "",
@@ -327,9 +327,13 @@ def _drawing(function: Callable[[Comparison, Path], Path], comparison: Compariso
     return lambda path: function(comparison, path)
 
 
+def _single_runs() -> list[RunRecords]:
+    return [read_started_run(path.parent) for path in sorted(RESULTS.glob("*/config.json"))]
+
+
 def _every_run() -> list[RunRecords]:
     """Single runs first."""
-    return [*(read_started_run(path.parent) for path in sorted(RESULTS.glob("*/config.json"))), *find_runs([RESULTS])]
+    return [*_single_runs(), *find_runs([RESULTS])]
 
 
 def process_pictures(runs: list[RunRecords]) -> list[tuple[RunRecords, Path]]:

@@ -115,6 +115,7 @@ def rows_panel(axes: Axes, comparison: Comparison, rows: Sequence[AblationRow]) 
     axes.xaxis.grid(True, color=style.PALE, linewidth=0.6)
     for place in range(len(rows) - 1):
         axes.axhline(place + 0.5, color=style.PALE, linewidth=0.5, zorder=0)
+    of_seeds = "mean over seeds" if "seeds" in drawn else "one seed"
     keys: dict[str, Any] = {
         "mean": Line2D(
             [],
@@ -123,7 +124,7 @@ def rows_panel(axes: Axes, comparison: Comparison, rows: Sequence[AblationRow]) 
             linestyle="none",
             color=style.BLUE,
             markersize=7,
-            label=f"ensemble of the best checkpoints, {'mean over seeds' if 'seeds' in drawn else 'one seed'}",
+            label=f"ensemble of the best checkpoints, {of_seeds}",
         ),
         "best": Line2D(
             [],
@@ -133,7 +134,7 @@ def rows_panel(axes: Axes, comparison: Comparison, rows: Sequence[AblationRow]) 
             color=style.BLUE,
             markerfacecolor="white",
             markersize=5,
-            label=f"best checkpoint, {'mean over seeds' if 'seeds' in drawn else 'one seed'}",
+            label=f"best checkpoint, {of_seeds}",
         ),
         "seeds": Line2D(
             [],
