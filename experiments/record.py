@@ -65,7 +65,7 @@ def record(source: Path, name: str) -> None:
                 (folder / part).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(run.path / part, folder / part)
         _strip_paths(folder, source.resolve(), name)
-    pictures = [path for _, path in process_pictures(_every_run())]
+    pictures = [path for _, path in process_pictures()]
     for path in sorted(target.rglob("process.png")):
         if path not in pictures:  # two are shown; the others can be drawn from process.json
             path.unlink()
@@ -245,7 +245,7 @@ def results_page() -> str:
         names = [run.path.name for group in comparison.groups for run in group.runs]
         links = ", ".join(f"[{name}](../experiments/results/{name})" for name in names)
         lines += ["", f"Records: {links}."]
-    pictures = process_pictures(_every_run())
+    pictures = process_pictures()
     if pictures:
         lines += ["", "## One task, through the inner and the outer loop"]
         for run, path in pictures:
@@ -331,15 +331,10 @@ def _single_runs() -> list[RunRecords]:
     return [read_started_run(path.parent) for path in sorted(RESULTS.glob("*/config.json"))]
 
 
-def _every_run() -> list[RunRecords]:
-    """Single runs first."""
-    return [*_single_runs(), *find_runs([RESULTS])]
-
-
-def process_pictures(runs: list[RunRecords]) -> list[tuple[RunRecords, Path]]:
-    """The first recorded picture of MAML's process and of MAML++'s."""
+def process_pictures() -> list[tuple[RunRecords, Path]]:
+    """The first recorded picture of MAML's process and of MAML++'s, single runs before those of grids."""
     found: dict[str, tuple[RunRecords, Path]] = {}
-    for run in runs:
+    for run in [*_single_runs(), *find_runs([RESULTS])]:
         path, label = run.path / "figures" / "process.png", method_label(settings(run))
         if path.is_file() and label in ("MAML", "MAML++"):
             found.setdefault(label, (run, path))
