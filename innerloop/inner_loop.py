@@ -183,7 +183,7 @@ class InnerLoop:
     def update(self, theta: Tensors, state: State, g: Tensors, rates: Tensors, k: int) -> tuple[Tensors, State]:
         """theta^{k+1} and the update rule's new state."""
         stepped = {
-            name: self.rule.step(
+            name: self.rule.stepped(
                 theta[name], state[name], g[name], learning_rates.at_step(rates, name, k, self.lslr), k
             )
             for name in theta
@@ -234,7 +234,8 @@ class InnerLoop:
 
         More steps than were trained go on with the last step's rates, norm weights and statistics.
         """
-        theta, rates = detached(meta.adapted), detached(meta.rates)
+        rates = detached(meta.rates)
+        theta = {n: t.detach().clone() for n, t in meta.adapted.items()}  # the optimiser moves the initialisation
         state = self.rule.initial_state(theta)
         yield theta
         for k in range(steps):

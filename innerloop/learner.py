@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import copy
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import reduce
@@ -13,17 +14,29 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
-from innerloop import learning_rates, per_step
+from innerloop import learning_rates, norm_layers, per_step
+from innerloop.explanations import check_model, explained
 from innerloop.inner_loop import InnerLoop, MetaParameters
 from innerloop.meta_gradients import META_GRADIENTS, GradientMode, LossWeights, TaskGradient
-from innerloop.methods import Method, maml
-from innerloop.network import Loss, Network, Normalisation, evaluating
+from innerloop.methods import Method, maml, whole_number
+from innerloop.model_state import copied, locked
+from innerloop.network import Loss, Network
+from innerloop.norm_layers import Normalisation
 from innerloop.per_step import Statistics
 from innerloop.precision import Precision
-from innerloop.tasks import Examples, Task, as_task, concatenated, meta_batch_size, select_task, stacked
+from innerloop.tasks import (
+    Examples,
+    Task,
+    as_meta_batch,
+    as_support,
+    as_tensors,
+    concatenated,
+    meta_batch_size,
+    select_task,
+    stacked,
+)
 from innerloop.update_rules import UPDATE_RULES, Tensors
 
 MetaBatch = tuple[tuple[Any, Any], tuple[Any, Any]]
@@ -80,7 +93,10 @@ class MetaLearner:
     """Meta-learns the initialisation of ``model`` (and rates and norm stacks, as the method says).
 
     The model is any ``nn.Module`` and stays as it is: its parameters are the initialisation theta^0, which the outer
-    optimiser moves in place. Frozen parameters (``requires_grad=False``) are neither adapted nor learned.
+    optimiser moves in place. Frozen parameters (``requires_grad=False``) are neither adapted nor learned, and norm
+    layers frozen by ``layer.eval()`` keep their statistics. Whoever changes the model otherwise (another head, another
+    dtype or device, other parameters frozen) makes a new learner; the old one says so. Threads that use one learner
+    wait for each other.
 
     >>> learner = MetaLearner(model, F.cross_entropy, maml_plus_plus())            # doctest: +SKIP
     >>> optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3)                # doctest: +SKIP
@@ -104,7 +120,9 @@ class MetaLearner:
             overhead is what costs, and loop for others and for models that cannot be vmapped (``nn.LSTM``).
 
     Raises:
-        ValueError: no trainable parameter matches the method's patterns, or the mode is unknown.
+        ValueError: no trainable parameter matches the method's patterns, the mode is unknown, or the model's parameters
+            have no shapes yet.
+        TypeError: an argument is of the wrong kind.
     """
 
     def __init__(
@@ -119,13 +137,18 @@ class MetaLearner:
     ) -> None:
         if precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}; got {precision!r}")
-        if stored_steps < 0:
-            raise ValueError(f"stored_steps must be 0 or more, got {stored_steps}")
+        check_model(model)
+        if not callable(loss):
+            raise TypeError(f"the loss must be a function loss(outputs, targets), got {loss!r:.80}")
+        if method is not None and not isinstance(method, Method):
+            called = f": call it, {method.__name__}()" if callable(method) and hasattr(method, "__name__") else ""
+            raise TypeError(f"the method must be a Method, such as innerloop.maml(), got {method!r:.80}{called}")
+        stored_steps = whole_number("stored_steps", stored_steps, least=0)
         if parallel not in get_args(Parallel):
             raise ValueError(f"parallel must be one of {', '.join(get_args(Parallel))}; got {parallel!r}")
         if mode != "auto" and mode not in META_GRADIENTS:
             raise ValueError(f"mode must be one of auto, {', '.join(META_GRADIENTS)}; got {mode!r}")
-        self.model = model
+        self._model = model
         self.method = method = method if method is not None else maml()
         self.mode: Literal["auto"] | GradientMode = mode
         self.loop = InnerLoop(
@@ -133,11 +156,37 @@ class MetaLearner:
         )
         self.meta = _meta_parameters(model, method)
         self.statistics = _statistics(model, method)
+        # Made now, to know later what has changed. Of these tensors there are copies, for every inner step.
+        network = self.loop.network
+        frozen = {
+            f"{layer}.{n}".lstrip(".")
+            for layer in network.modes.seen()
+            for n, _ in model.get_submodule(layer).named_buffers()
+        }
+        self._copied = frozenset({*self.meta.per_step, *(self.statistics.per_step.keys() & frozen)})
+        network.state.check()
         self.parallel: Parallel = parallel
         on_cpu = all(p.device.type == "cpu" for p in self.meta.adapted.values())
         convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
         small = sum(p.numel() for p in model.parameters()) < _SMALL_MODEL and not convolutional
         self._vmap = parallel == "vmap" or (parallel == "auto" and (small or not on_cpu))
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is meta-learned."""
+        return self._model
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """One thread at a time, with autograd as it must be, on the model that the learner was made with.
+
+        Raises:
+            ModelChangedError: it is another one by now.
+        """
+        # Gradients are taken also where the caller has switched autograd off.
+        with locked(self._model), torch.inference_mode(False), explained(self._model):
+            self.loop.network.state.check(self._copied)
+            yield
 
     def parameters(self) -> Iterator[Tensor]:
         """All learned meta-parameters, for the outer optimiser."""
@@ -156,7 +205,8 @@ class MetaLearner:
 
     def state_dict(self) -> Tensors:
         """Every tensor that is learned or kept, by name: what ``load_state_dict`` takes, and safetensors saves."""
-        return {name: t.detach() for name, t in self._state()}
+        with self._in_use():
+            return {name: t.detach() for name, t in self._state()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a state, in place.
@@ -175,7 +225,7 @@ class MetaLearner:
                 raise ValueError(
                     f"{name} has shape {tuple(state[name].shape)} in the state and {tuple(tensor.shape)} here"
                 )
-        with torch.no_grad():
+        with self._in_use(), torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state[name])
 
@@ -184,29 +234,55 @@ class MetaLearner:
         yield from ((f"statistics/{n}", t) for n, t in self.statistics.shared.items())
         yield from ((f"per_step_statistics/{n}", t) for n, t in self.statistics.per_step.items())
 
-    def backward(self, tasks: Task | MetaBatch, epoch: float | None = None) -> MetaBatchResult:
+    def backward(
+        self,
+        tasks: Task | MetaBatch,
+        epoch: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> MetaBatchResult:
         """Add the meta-gradient of the mean task loss to ``.grad`` of every learned meta-parameter.
 
         Looped over, tasks come one after the other and memory does not grow with their number. Running statistics
         become the mean over tasks of what each task left behind.
 
         Args:
-            tasks: a meta-batch, ``((inputs, targets), (inputs, targets))`` of support and query, tensors ``[T, ...]``.
+            tasks: a meta-batch, ``((inputs, targets), (inputs, targets))`` of support and query, tensors
+                ``[T, n, ...]`` of T tasks with n examples. NumPy arrays and lists of numbers become tensors of the
+                model's type; a number, string or None is the same for all tasks.
             epoch: where training is, for methods with schedules (MSL, DA), which need it.
+            scaler: scale the query losses by its scale, so that ``scaler.step`` and ``scaler.update`` take it from
+                there, as after ``scaler.scale(loss).backward()``.
 
         Raises:
             NonFiniteLossError: a loss was NaN or infinite; no gradient was added.
-            TypeError: the loss was not a scalar.
+            TypeError: the loss was not a scalar, or the tasks hold something that is none of the above.
             ValueError: the method needs the epoch, or ``tasks`` is not a meta-batch.
+            ModelChangedError: the model has other parameters than when the learner was made.
+            UnsuitableModelError: the model has no second derivative, or is compiled.
         """
-        return self.accumulate([self.task_gradients(tasks, epoch)], epoch)
+        with self._in_use():
+            scale = None if scaler is None else scaler.scale(torch.ones((), device=self._like.device))
+            return self.accumulate([self.task_gradients(tasks, epoch, scale)], epoch)
 
-    def task_gradients(self, tasks: Task | MetaBatch, epoch: float | None = None) -> TaskGradient:
+    def task_gradients(
+        self, tasks: Task | MetaBatch, epoch: float | None = None, scale: Tensor | None = None
+    ) -> TaskGradient:
         """Gradients and losses of a meta-batch, changing nothing: the gradient summed over tasks, all else stacked.
 
         ``accumulate`` takes it from there, so that the tasks of a meta-batch can be shared out over processes.
+        ``scale`` is of the gradients alone.
         """
-        return self.planned_gradients(as_task(tasks), self.plan(epoch))
+        mode, weights = self.plan(epoch)
+        if scale is None:
+            return self.planned_gradients(as_meta_batch(tasks, self._like), Plan(mode, weights))
+        scaled = Plan(mode, [w and w * scale for w in weights])
+        result = self.planned_gradients(as_meta_batch(tasks, self._like), scaled)
+        return result._replace(loss=result.loss / scale)
+
+    @property
+    def _like(self) -> Tensor:
+        """A tensor of the model's type and device."""
+        return next(iter(self.meta.adapted.values()))
 
     def plan(self, epoch: float | None = None) -> Plan:
         """What is to be computed at an epoch.
@@ -216,6 +292,8 @@ class MetaLearner:
         """
         if epoch is None and self.method.needs_epoch:
             raise ValueError("this method has MSL or DA, whose schedules need the epoch: backward(tasks, epoch)")
+        if epoch is not None and not (isinstance(epoch, int | float) and 0 <= epoch < math.inf):
+            raise ValueError(f"the epoch must be a number of at least 0, got {epoch!r:.80}")
         second_order = self.method.derivative_order(epoch or 0) == 2
         mode: GradientMode = self.mode if self.mode != "auto" else self._chosen_mode()
         return Plan(mode if second_order else "first-order", self.method.loss_weights(epoch or 0))
@@ -226,8 +304,10 @@ class MetaLearner:
 
     def planned_gradients(self, tasks: Task, plan: Plan) -> TaskGradient:
         """``task_gradients`` as a plan has it."""
-        size = meta_batch_size(tasks)
-        return self._vmapped(tasks, size, plan) or self._looped(tasks, size, plan)
+        with self._in_use():
+            self.loop.network.modes.seen(training=True)
+            size = meta_batch_size(tasks)
+            return self._vmapped(tasks, size, plan) or self._looped(tasks, size, plan)
 
     @property
     def vmapped(self) -> bool:
@@ -244,14 +324,15 @@ class MetaLearner:
         outcome = MetaBatchResult(result.loss.mean(), result.support_losses, result.query_losses, result.query_outputs)
         _check_finite(outcome, self.method.loss_weights(epoch or 0))
         size = len(result.loss)
-        for group, parameters in self.meta._asdict().items():
-            for name in getattr(parts[0].gradient, group):
-                parameter = parameters[name]
-                if not parameter.requires_grad:  # zero_init: adapted, and not learned
-                    continue
-                gradient = reduce(torch.add, [getattr(p.gradient, group)[name] for p in parts]).detach() / size
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        self.statistics.assign_mean(result.statistics)
+        with self._in_use():
+            for group, parameters in self.meta._asdict().items():
+                for name in getattr(parts[0].gradient, group):
+                    parameter = parameters[name]
+                    if not parameter.requires_grad:  # zero_init: adapted, and not learned
+                        continue
+                    gradient = reduce(torch.add, [getattr(p.gradient, group)[name] for p in parts]).detach() / size
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            self.statistics.assign_mean(result.statistics)
         return outcome
 
     def _looped(self, tasks: Task, size: int, plan: Plan) -> TaskGradient:
@@ -271,47 +352,49 @@ class MetaLearner:
         if not self._vmap or plan.mode == "reverse":
             return None
         loop = replace(self.loop, functional=True)
+        leaves, structure = pytree.tree_flatten(tasks)
+        varying = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
 
-        def task_gradient(statistics: Statistics, task: Task) -> TaskGradient:
+        def task_gradient(statistics: Statistics, own: Tensors) -> TaskGradient:
+            task = pytree.tree_unflatten([own.get(str(i), leaf) for i, leaf in enumerate(leaves)], structure)
             return META_GRADIENTS[plan.mode](loop, self.meta, statistics, task, plan.weights)
 
         try:
-            result = vmap(task_gradient, randomness="different")(self.statistics.expanded(size), tasks)
-        except RuntimeError as error:
+            result = vmap(task_gradient, randomness="different")(self.statistics.expanded(size), varying)
+        except Exception as error:
             if self.parallel == "vmap" or isinstance(error, torch.OutOfMemoryError):
                 raise
+            looped = self._looped(tasks, size, plan)  # which raises what has nothing to do with vmap
             warnings.warn(
                 f"{type(self.model).__name__} cannot be vmapped, so tasks are worked through one by one. ({error})",
-                stacklevel=4,
+                stacklevel=5,
             )
             self._vmap = False
-            return None
+            return looped
         return result._replace(gradient=pytree.tree_map(lambda t: t.sum(0), result.gradient))
 
     def trajectory(self, support: Examples | tuple[Any, Any], steps: int | None = None) -> Iterator[Tensors]:
         """theta^0 .. theta^steps on a support set, in evaluation mode; ``predict`` calls the model with one of them.
 
-        Support sets are always normalised with their own batch's statistics, as in training. ``steps`` defaults to
-        those of training; more go on with the last step's rates, norm weights and statistics.
+        Support sets are always normalised with their own batch's statistics, as in training; frozen norm layers keep
+        theirs. ``steps`` defaults to those of training; more go on with the last step's rates, norm weights and
+        statistics.
         """
-        # The inner loop takes gradients, also where the caller has switched autograd off.
-        with torch.inference_mode(False):
-            support = pytree.tree_map_only(torch.Tensor, lambda t: t.clone() if t.is_inference() else t, support)
-        walk = self.loop.trajectory(self.meta, self.statistics, Examples(*support), self._steps(steps))
+        return self._trajectory(as_support(support, self._like), self._steps(steps))
+
+    def _trajectory(self, support: Examples, steps: int) -> Iterator[Tensors]:
+        walk = self.loop.trajectory(self.meta, self.statistics, support, steps)
         while True:
-            # The modes are set for one step at a time: the caller may use the model in between.
-            with torch.inference_mode(False), evaluating(self.model, "batch"):
+            # The model is taken for one step at a time: the caller may use it in between.
+            with self._in_use(), self.loop.network.modes.evaluating("batch"):
                 theta = next(walk, None)
             if theta is None:
                 return
             yield theta
 
     def _steps(self, steps: int | None) -> int:
-        if steps is not None and steps < 0:
-            raise ValueError(f"steps must be 0 or more, got {steps}")
-        return self.method.inner_steps if steps is None else steps
+        return self.method.inner_steps if steps is None else whole_number("steps", steps, least=0)
 
-    @torch.no_grad()
     def predict(
         self,
         fast_weights: Tensors,
@@ -329,13 +412,16 @@ class MetaLearner:
         Raises:
             ValueError: normalisation by the support set, without one.
         """
-        tensors, buffers = self._tensors_at(fast_weights, inner_step)
-        if normalisation == "support":
-            if support is None:
-                raise ValueError('normalisation="support" needs the inputs of the support set: predict(..., support=)')
-            buffers = self._support_statistics(tensors, buffers, support)
-        with evaluating(self.model, normalisation):
-            return self.loop.network.outputs(tensors, buffers, inputs)
+        inner_step = whole_number("inner_step", inner_step, least=0)
+        check_normalisation(normalisation)
+        if normalisation == "support" and support is None:
+            raise ValueError('normalisation="support" needs the inputs of the support set: predict(..., support=)')
+        with self._in_use():
+            tensors, buffers = self._tensors_at(fast_weights, inner_step)
+            if normalisation == "support":
+                self._keep_statistics(tensors, buffers, as_tensors(support, self._like))
+            with self.loop.network.modes.evaluating(normalisation):
+                return self.loop.network.answers(tensors, buffers, as_tensors(inputs, self._like))
 
     def _tensors_at(self, fast_weights: Tensors, inner_step: int) -> tuple[Tensors, Tensors]:
         """Parameters and buffers (copies) to call the model with at theta^k; norm layers have those of step k - 1."""
@@ -343,11 +429,11 @@ class MetaLearner:
         buffers = {n: b.clone() for n, b in self.statistics.at_step(last).items()}
         return {**fast_weights, **self.meta.fixed_at_step(last)}, buffers
 
-    def _support_statistics(self, parameters: Tensors, buffers: Tensors, support: Any) -> Tensors:
-        """The buffers as a pass over the support set's inputs leaves them, its statistics in the norm layers'."""
-        with evaluating(self.model, "batch"), per_step.whole_batch_statistics(self.model):
-            self.loop.network.outputs(parameters, buffers, support)
-        return buffers
+    def _keep_statistics(self, parameters: Tensors, buffers: Tensors, support: Any) -> None:
+        """Leave in ``buffers`` what a pass over the support set makes of them: in norm layers, its statistics."""
+        network = self.loop.network
+        with network.modes.evaluating("batch"), norm_layers.whole_batch_statistics(self.model):
+            network.answers(parameters, buffers, support)
 
     def adapt(
         self,
@@ -358,31 +444,52 @@ class MetaLearner:
         """A copy of the model, adapted to a support set: an ordinary ``nn.Module`` in evaluation mode.
 
         Args:
-            support: inputs and targets, without a task dimension.
+            support: inputs and targets, without a task dimension. NumPy arrays and lists of numbers become tensors of
+                the model's type.
             steps: inner steps, by default those of training. Beyond them the last step's rates, norm weights and
                 statistics go on being used.
             normalisation: ``"batch"``: norm layers use the statistics of whatever batch they are given, also in
                 evaluation mode; ``"running"``: the meta-trained running statistics; ``"support"``: those of the
-                support set. With either of the last two an input's output is its own.
+                support set. With either of the last two an input's output is its own. Frozen norm layers keep theirs.
+
+        The state dict has the keys of the model's own class. A model of that class that loads it gives, in evaluation
+        mode, the same outputs, but after ``"batch"``: no state dict says that a layer is to use its batch's statistics.
+        It holds those of the support set then, as after ``"support"``.
+
+        Raises:
+            ValueError: an unknown normalisation, a negative number of steps, or ``support`` is no support set.
+            TypeError: something on the model cannot be copied.
         """
         steps = self._steps(steps)
-        *_, theta = self.trajectory(support, steps)
-        adapted = copy.deepcopy(self.model)
-        with torch.no_grad():
+        check_normalisation(normalisation)
+        support = as_support(support, self._like)
+        with self._in_use():
+            *_, theta = self._trajectory(support, steps)
+            adapted = copied(self.model)
             tensors, buffers = self._tensors_at(theta, steps)
-            if normalisation == "support":
-                buffers = self._support_statistics(tensors, buffers, support[0])
+            frozen = self.loop.network.modes.seen()
+            by_support = normalisation == "support" or (
+                normalisation == "batch" and norm_layers.can_keep_a_batch(self.model, frozen)
+            )
+            if by_support:
+                self._keep_statistics(tensors, buffers, support.inputs)
             own = {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}
-            for name, value in {**tensors, **buffers}.items():
-                own[name].copy_(value)
+            with torch.no_grad():
+                for name, value in {**tensors, **buffers}.items():
+                    own[name].copy_(value)
         for p in adapted.parameters():
             p.grad = None
+        adapted.eval()
         if normalisation == "batch":
-            for _, layer in per_step.norm_layers(adapted):
-                if isinstance(layer, _NormBase):
-                    layer.track_running_stats = False
-                    layer.running_mean = layer.running_var = layer.num_batches_tracked = None
-        return adapted.eval()
+            norm_layers.use_batch_statistics(adapted, frozen)
+        return adapted
+
+
+def check_normalisation(normalisation: str) -> None:
+    """Raise ``ValueError`` for what is none."""
+    if normalisation not in get_args(Normalisation):
+        known = ", ".join(get_args(Normalisation))
+        raise ValueError(f"normalisation must be one of {known}; got {normalisation!r:.80}")
 
 
 def _without_gradient(result: TaskGradient) -> TaskGradient:
@@ -404,7 +511,7 @@ def _check_finite(outcome: MetaBatchResult, weights: list[float]) -> None:
 def _meta_parameters(model: nn.Module, method: Method) -> MetaParameters:
     """Sort the model's trainable parameters into adapted, shared and per-step ones, and make the rates."""
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    norm = per_step.norm_parameter_names(model) & trainable.keys() if method.bnwb else set()
+    norm = norm_layers.norm_parameter_names(model) & trainable.keys() if method.bnwb else set()
     for pattern in (*method.adapt, *method.adapt_except, *method.zero_init):
         if not any(fnmatchcase(name, pattern) for name in trainable):
             raise ValueError(
@@ -442,7 +549,7 @@ def _meta_parameters(model: nn.Module, method: Method) -> MetaParameters:
 def _statistics(model: nn.Module, method: Method) -> Statistics:
     """The model's own buffers, those of the norm layers as stacks under BNRS."""
     buffers = dict(model.named_buffers())
-    norm = per_step.norm_buffer_names(model) & buffers.keys() if method.bnrs else set()
+    norm = norm_layers.norm_buffer_names(model) & buffers.keys() if method.bnrs else set()
     return Statistics(
         {n: b for n, b in buffers.items() if n not in norm},
         per_step.stack({n: buffers[n] for n in sorted(norm)}, method.inner_steps),

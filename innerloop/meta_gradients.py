@@ -28,7 +28,8 @@ from torch.utils import _pytree as pytree
 
 from innerloop.closed_forms import ClosedForms
 from innerloop.inner_loop import InnerLoop, MetaParameters, SecondOrder, State, detached
-from innerloop.network import random_state, replayed_randomness
+from innerloop.model_state import random_state
+from innerloop.network import replayed_randomness
 from innerloop.per_step import Statistics
 from innerloop.tasks import Task
 from innerloop.update_rules import Tensors
@@ -68,7 +69,7 @@ def reverse(
     # Parameters that start from zero are adapted and not learned: theta^0 takes part in the graph all the same.
     meta = meta._replace(adapted={n: t.requires_grad_() for n, t in meta.adapted.items()})
     theta, state = meta.adapted, loop.rule.initial_state(meta.adapted)
-    total: Tensor = next(iter(theta.values())).new_zeros(())
+    total = _zero(theta)
     record = _Record()
     for k, weight in enumerate(weights):
         psi = meta.fixed_at_step(k)
@@ -142,7 +143,7 @@ def _adjoint_walk(
     state = loop.rule.initial_state(theta)
     rates = detached(meta.rates)
     device = _device(theta)
-    total = next(iter(theta.values())).new_zeros(())
+    total = _zero(theta)
     record = _Record()
 
     steps: list[_Step] = []
@@ -198,6 +199,12 @@ def _adjoint_walk(
         for n, stack in meta.per_step.items()
     }
     return record.result(total, MetaParameters(adjoint, shared, stacks, rate_gradient), statistics)
+
+
+def _zero(tensors: Tensors) -> Tensor:
+    """A loss of nothing: real, also of complex parameters."""
+    like = next(iter(tensors.values()))
+    return torch.zeros((), dtype=like.dtype.to_real(), device=like.device)
 
 
 def _device(tensors: Tensors) -> torch.device:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
-from innerloop.per_step import norm_layers
+from innerloop.model_state import ModelState, random_state, set_random_state
+from innerloop.norm_layers import Modes
 from innerloop.precision import Bfloat16Convolutions, Precision
 from innerloop.tasks import Examples
 
 Loss = Callable[[Any, Any], Tensor]
-Normalisation = Literal["batch", "running", "support"]
-"""Statistics that normalise the query set: its own batch's (transductive), or, for answers that do not depend on what
-else is asked (inductive), the running ones of training or those of the support set at the same fast weights."""
 
 
 @dataclass(frozen=True)
@@ -31,37 +30,55 @@ class Network:
     loss_function: Loss
     precision: Precision = "float32"
 
-    def outputs(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], inputs: Any) -> Any:
-        """What the model makes of ``inputs``. Buffers that the model changes are changed in place."""
-        # A tuple holds positional arguments and a dict keyword arguments. Attention's fused kernels have neither
-        # second derivatives nor forward-mode ones, the MATH backend has both.
-        args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, None)
-        with sdpa_kernel(SDPBackend.MATH), Bfloat16Convolutions() if self.precision == "bf16" else nullcontext():
-            return functional_call(self.model, {**parameters, **buffers}, args, kwargs, tie_weights=self._tied)
+    @cached_property
+    def state(self) -> ModelState:
+        """Where the model's tensors are."""
+        return ModelState(self.model)
 
     @cached_property
-    def _tied(self) -> bool:
-        """Whether a tensor has two names in the model, which takes time to find out."""
-        named = [
-            *self.model.named_parameters(remove_duplicate=False),
-            *self.model.named_buffers(remove_duplicate=False),
-        ]
-        return len({id(t) for _, t in named}) < len(named)
+    def modes(self) -> Modes:
+        """Which norm layers are frozen."""
+        return Modes(self.model)
+
+    def outputs(self, parameters: Mapping[str, Tensor], buffers: dict[str, Tensor], inputs: Any) -> Any:
+        """What the model makes of ``inputs``. ``buffers`` hold afterwards what the model made of them."""
+        return self.state.run(lambda: self._called(inputs), parameters, buffers)
+
+    def answers(self, parameters: Mapping[str, Tensor], buffers: dict[str, Tensor], inputs: Any) -> Any:
+        """``outputs`` as constants; of a model that takes gradients itself (forces of an energy) too."""
+        before = {name: b.clone() for name, b in buffers.items()}
+        try:
+            with torch.no_grad():
+                return self.outputs(parameters, buffers, inputs)
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+        buffers.update(before)
+        with torch.enable_grad():
+            return pytree.tree_map_only(Tensor, torch.detach, self.outputs(parameters, buffers, inputs))
 
     def loss(
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], examples: Examples
     ) -> tuple[Tensor, Any, dict[str, Tensor]]:
         """The scalar loss on ``examples``, the model's outputs, and the buffers as the call left them.
 
-        ``buffers`` are copied first: batch norm updates its running statistics in place, which neither autograd nor
-        ``torch.func`` may see happen to a tensor that outlives the call.
+        The loss too sees the model with these tensors, should it look at it (a penalty on the fast weights, an
+        auxiliary loss that the forward keeps there). ``buffers`` are copied first: batch norm updates its running
+        statistics in place, which neither autograd nor ``torch.func`` may see happen to a tensor that outlives the
+        call. They are state, and carry no gradient from call to call.
 
         Raises:
             TypeError: the loss function returned something other than a real scalar tensor.
         """
         buffers = {name: b.clone() for name, b in buffers.items()}
-        outputs = self.outputs(parameters, buffers, examples.inputs)
-        loss = self.loss_function(outputs, examples.targets)
+        # A transform refuses changes in place by itself, and would have the copies as its own tensors.
+        targets = examples.targets if torch._C._are_functorch_transforms_active() else own_copies(examples.targets)
+
+        def call() -> tuple[Tensor, Any]:
+            outputs = self._called(examples.inputs)
+            return self.loss_function(outputs, targets), outputs
+
+        loss, outputs = self.state.run(call, parameters, buffers)
         if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
             found = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(
@@ -70,20 +87,45 @@ class Network:
             )
         return loss, outputs, {name: b.detach() for name, b in buffers.items()}
 
+    def _called(self, inputs: Any) -> Any:
+        # A tuple holds positional arguments and a dict keyword arguments. The model may change them in place.
+        inputs = own_copies(inputs)
+        args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+        with ExitStack() as stack:
+            stack.enter_context(_MATH_ATTENTION)
+            if self.precision == "bf16":
+                stack.enter_context(Bfloat16Convolutions())
+            return self.model(*(args if isinstance(args, tuple) else (args,)), **kwargs)
 
-@contextmanager
-def evaluating(model: nn.Module, normalisation: Normalisation) -> Iterator[None]:
-    """Evaluation mode (no dropout) with norm layers that use the batch's statistics or those in their buffers."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    if normalisation == "batch":
-        for _, layer in norm_layers(model):
-            layer.train()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+
+def own_copies(tree: Any) -> Any:
+    """The same nest, with containers and tensors of its own."""
+    return pytree.tree_map_only(Tensor, torch.clone, tree)
+
+
+class _MathAttention:
+    """Attention by the MATH backend: the fused kernels have neither second derivatives nor forward-mode ones.
+
+    The choice is the process's, not the thread's: it holds until the last of the threads that made it has left.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._choice = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._choice.enter_context(sdpa_kernel(SDPBackend.MATH))
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._choice.close()
+
+
+_MATH_ATTENTION = _MathAttention()
 
 
 @contextmanager
@@ -95,16 +137,3 @@ def replayed_randomness(state: list[Tensor], device: torch.device) -> Iterator[N
         yield
     finally:
         set_random_state(now, device)
-
-
-def random_state(device: torch.device) -> list[Tensor]:
-    """State of the generators that a model on ``device`` draws from."""
-    states = [torch.get_rng_state()]
-    return states if device.type != "cuda" else [*states, torch.cuda.get_rng_state(device)]
-
-
-def set_random_state(state: list[Tensor], device: torch.device) -> None:
-    """Go back to a state that ``random_state`` gave."""
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)

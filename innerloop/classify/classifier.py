@@ -23,8 +23,7 @@ from innerloop.classify.model_file import ModelFileError, load_model, save_model
 from innerloop.data import Preprocessing
 from innerloop.data.images import Pixels
 from innerloop.data.preprocessing import Ink, ink_of
-from innerloop.network import Normalisation
-from innerloop.per_step import norm_layers
+from innerloop.norm_layers import Normalisation, norm_layers
 from innerloop.training.building import build_network
 from innerloop.training.config import MESSAGE, Config, DataConfig, NetworkConfig
 

@@ -26,7 +26,7 @@ from innerloop.classify.support import Support, SupportSource, read_support
 from innerloop.data import Preprocessing
 from innerloop.data.preprocessing import Ink
 from innerloop.learner import MetaLearner
-from innerloop.network import Normalisation
+from innerloop.norm_layers import Normalisation
 from innerloop.tasks import Examples
 from innerloop.training.building import build_learner, build_preprocessing
 from innerloop.training.checkpoints import CheckpointError, load_checkpoint

@@ -16,7 +16,7 @@ from innerloop.classify import Adaptation, Estimate, load
 from innerloop.classify.estimate import folds
 from innerloop.classify.meta_trained import InkChoice
 from innerloop.cli.arguments import check_out, parsed
-from innerloop.network import Normalisation
+from innerloop.norm_layers import Normalisation
 from innerloop.training.config import Steps
 from innerloop.training.progress import Progress
 

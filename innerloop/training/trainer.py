@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from innerloop import schedules
 from innerloop.data import TaskSource
 from innerloop.learner import MetaLearner, NonFiniteLossError
-from innerloop.network import random_state, set_random_state
+from innerloop.model_state import random_state, set_random_state
 from innerloop.reports.formats import METRICS_VERSION, SUMMARY_VERSION
 from innerloop.training.building import build_device, build_learner, build_tasks, build_workers
 from innerloop.training.checkpoints import CheckpointError, load_checkpoint, save_checkpoint, write_json
