@@ -23,7 +23,7 @@ from innerloop.classify.model_file import ModelFileError, load_model, save_model
 from innerloop.data import Preprocessing
 from innerloop.data.images import Pixels
 from innerloop.data.preprocessing import Ink, ink_of
-from innerloop.norm_layers import Normalisation, norm_layers
+from innerloop.norm_layers import Normalisation, norm_buffer_names, use_batch_statistics
 from innerloop.training.building import build_network
 from innerloop.training.config import MESSAGE, Config, DataConfig, NetworkConfig
 
@@ -196,6 +196,9 @@ class Classifier:
                 described.network, described.preprocessing, len(described.classes), described.normalisation
             )
             wanted = network.state_dict()
+            if described.normalisation == "batch":  # files of version 0.1 hold no statistics, which nobody asks for
+                none = {n: torch.zeros_like(wanted[n], device="cpu") for n in norm_buffer_names(network)}
+                tensors = {**none, **tensors}
             for name, tensor in tensors.items():
                 if name in wanted and tensor.dtype != wanted[name].dtype:
                     raise ValueError(f"{name} has numbers of type {tensor.dtype}, expected {wanted[name].dtype}")
@@ -248,10 +251,7 @@ def adapted_network(
     with torch.device("meta"):
         network = build_network(Config(data=data, network=architecture))
     if normalisation == "batch":
-        for _, layer in norm_layers(network):
-            if isinstance(layer, nn.modules.batchnorm._NormBase):
-                layer.track_running_stats = False
-                layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+        use_batch_statistics(network)
     return network
 
 
