@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from innerloop.model_state import ModelState, random_state, set_random_state
 from innerloop.norm_layers import Modes
-from innerloop.precision import Bfloat16Convolutions, Precision
+from innerloop.precision import Bfloat16Convolutions, MixedBatchNorm, Precision
 from innerloop.tasks import Examples
 
 Loss = Callable[[Any, Any], Tensor]
@@ -93,6 +93,8 @@ class Network:
         args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
         with ExitStack() as stack:
             stack.enter_context(_MATH_ATTENTION)
+            if torch._C._are_functorch_transforms_active():
+                stack.enter_context(MixedBatchNorm())
             if self.precision == "bf16":
                 stack.enter_context(Bfloat16Convolutions())
             return self.model(*(args if isinstance(args, tuple) else (args,)), **kwargs)
