@@ -16,6 +16,10 @@ class UnsuitableModelError(RuntimeError):
     """PyTorch cannot compute what this model's meta-gradient or adaptation needs."""
 
 
+class BatchOfOneError(ValueError):
+    """A norm layer was to normalise a single value by its own statistics."""
+
+
 _COMPILED = (
     "a compiled model cannot be differentiated twice (torch.compile), and {name} is one. Give the MetaLearner the "
     "model itself, not compiled; MetaLearner(..., compile='on'), or --compile on, compiles the meta-gradient instead. "
@@ -60,22 +64,24 @@ def explained(model: nn.Module) -> Iterator[None]:
 
     Raises:
         UnsuitableModelError: of a model that cannot be meta-learned so.
-        ValueError: of one image normalised by its own batch.
+        BatchOfOneError: of one image normalised by its own batch.
     """
     try:
         yield
+    except (UnsuitableModelError, BatchOfOneError):
+        raise
     except (RuntimeError, ValueError) as error:
         message, where = str(error), _module_of(model, error.__traceback__)
         if isinstance(error, ValueError):
             if "Expected more than 1 value per channel" not in message:
                 raise
-            raise ValueError(
+            raise BatchOfOneError(
                 f"{where or 'a batch norm layer'} normalises with the statistics of its batch, and a single value a "
                 f"channel has no variance ({message}). Give more examples at once; or, for a query set of one, "
                 "normalisation='running' or 'support'; or freeze the layer: layer.eval()"
             ) from error
         sentence = _sentence(model, message, where)
-        if sentence is None or isinstance(error, UnsuitableModelError):
+        if sentence is None:
             raise
         raise UnsuitableModelError(sentence) from error
 

@@ -171,6 +171,14 @@ class MetaLearner:
         small = sum(p.numel() for p in model.parameters()) < _SMALL_MODEL and not convolutional
         self._vmap = parallel == "vmap" or (parallel == "auto" and (small or not on_cpu))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what would be read in part: a learner is made of its arguments once."""
+        if name in ("method", "mode", "parallel") and hasattr(self, name):
+            raise AttributeError(
+                f"{name} of a MetaLearner cannot be changed: make a new one, MetaLearner(..., {name}=)"
+            )
+        super().__setattr__(name, value)
+
     @property
     def model(self) -> nn.Module:
         """The model that is meta-learned."""
@@ -529,6 +537,9 @@ def _meta_parameters(model: nn.Module, method: Method) -> MetaParameters:
             f"nothing is left to adapt: of {', '.join(trainable)} none matches adapt={method.adapt} "
             f"without adapt_except={method.adapt_except}" + (" and the norm layers (BNWB)" if norm else "")
         )
+    for pattern in method.zero_init:
+        if not any(fnmatchcase(n, pattern) for n in adapted):
+            raise ValueError(f"zero_init {pattern!r} matches no adapted parameter; adapted are {', '.join(adapted)}")
     if method.lslr:
         rates = learning_rates.per_layer_per_step(adapted, method.inner_lr, method.inner_steps)
     elif method.meta_sgd:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 Normalisation = Literal["batch", "running", "support"]
@@ -134,6 +134,20 @@ class _ByBatch(_OfClass):
     """
 
     running_mean = running_var = num_batches_tracked = property(lambda self: None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer does with its batch's statistics."""
+        try:
+            y: Tensor = super().forward(x)  # type: ignore[misc]
+        except ValueError as error:
+            if "Expected more than 1 value" not in str(error):
+                raise
+            raise ValueError(
+                f"{error}: this {type(self).__name__} uses the statistics of the batch it is given, as "
+                "adapt(..., normalisation='batch') made it. Ask about more examples together, or adapt with "
+                "normalisation='support', under which each has an answer of its own"
+            ) from None
+        return y
 
 
 class _Training(_OfClass):

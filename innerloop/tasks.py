@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -129,11 +130,19 @@ def _check_examples(name: str, examples: Examples) -> None:
                     "must be a tensor [tasks, examples, ...], in a tensor, tuple, list or dict"
                 )
     inputs, targets = examples
-    if isinstance(inputs, torch.Tensor) and isinstance(targets, torch.Tensor) and inputs.shape[1] != targets.shape[1]:
+    if not (isinstance(inputs, torch.Tensor) and isinstance(targets, torch.Tensor)):
+        return  # of several tensors, some may be of no example
+    if inputs.shape[1] != targets.shape[1]:
         raise ValueError(
             f"the {name} inputs {list(inputs.shape)} hold {inputs.shape[1]} examples a task and the targets "
             f"{list(targets.shape)} {targets.shape[1]}; both are [tasks, examples, ...]. {single}. (If a task's "
             "targets are truly of another number, give the inputs as a tuple: (inputs,))"
+        )
+    if inputs.ndim == 2:
+        warnings.warn(
+            f"the {name} inputs {list(inputs.shape)} are read as {inputs.shape[0]} tasks of {inputs.shape[1]} examples, "
+            f"each a single number. {single}. If it is not, [..., None] gives the examples a dimension of features",
+            stacklevel=6,
         )
 
 
