@@ -222,20 +222,21 @@ class MetaLearner:
         Raises:
             ValueError: names or shapes do not fit this model and method.
         """
-        own = dict(self._state())
-        if own.keys() != state.keys():
-            raise ValueError(
-                "the state does not fit this model and method: missing "
-                f"{sorted(own.keys() - state.keys())}, unexpected {sorted(state.keys() - own.keys())}"
-            )
-        for name, tensor in own.items():
-            if tensor.shape != state[name].shape:
+        with self._in_use():
+            own = dict(self._state())
+            if own.keys() != state.keys():
                 raise ValueError(
-                    f"{name} has shape {tuple(state[name].shape)} in the state and {tuple(tensor.shape)} here"
+                    "the state does not fit this model and method: missing "
+                    f"{sorted(own.keys() - state.keys())}, unexpected {sorted(state.keys() - own.keys())}"
                 )
-        with self._in_use(), torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(state[name])
+                if tensor.shape != state[name].shape:
+                    raise ValueError(
+                        f"{name} has shape {tuple(state[name].shape)} in the state and {tuple(tensor.shape)} here"
+                    )
+            with torch.no_grad():
+                for name, tensor in own.items():
+                    tensor.copy_(state[name])
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.named_parameters()

@@ -212,8 +212,11 @@ class ModelState:
         try:
             _put_back(suspect)
             for change in suspect:
-                if change.before is not _Absent:
-                    change.module.__dict__[change.name] = _stand_in_for(change.before)
+                before = change.before
+                if before is _Absent:  # on the instance
+                    before = getattr(type(change.module), change.name, _Absent)
+                if before is not _Absent:
+                    change.module.__dict__[change.name] = _stand_in_for(before)
             if self._runs_again(call, parameters, buffers) is None:
                 # Somebody reads it. That is harmless where what is there now stays as it is: a cache.
                 for change in suspect:

@@ -140,8 +140,8 @@ def _check_examples(name: str, examples: Examples) -> None:
         )
     if inputs.ndim == 2:
         warnings.warn(
-            f"the {name} inputs {list(inputs.shape)} are read as {inputs.shape[0]} tasks of {inputs.shape[1]} examples, "
-            f"each a single number. {single}. If it is not, [..., None] gives the examples a dimension of features",
+            f"the {name} inputs {list(inputs.shape)} are read as {inputs.shape[0]} tasks of {inputs.shape[1]} "
+            f"examples, each a single number. {single}. If not, [..., None] gives them a dimension of features",
             stacklevel=6,
         )
 
