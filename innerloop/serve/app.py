@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from torch import Tensor
 
 from innerloop import __version__
+from innerloop.classify.weighing import Weighing
 from innerloop.serve.answers import Adapted, Failure, Health, Info, LimitsInfo, ModelInfo, Predicted, Prediction
 from innerloop.serve.gate import Gate
 from innerloop.serve.guard import LOOPBACK, Guard
@@ -70,7 +71,9 @@ def create_app(trained: MetaTrained, limits: Limits | None = None, hosts: frozen
         responses=_failures(400, 413, 415, 422, 503),
     )
     async def adapt(
-        request: Request, steps: int | None = Query(None, description="Inner steps; by default those of the model.")
+        request: Request,
+        steps: int | None = Query(None, description="Inner steps; by default those of the model."),
+        weighing: Weighing | None = Query(None, description="What counts the same; by default every class."),  # noqa: B008
     ) -> Adapted:
         """Adapt the model to examples of at least two classes. The answer's id names the classifier from then on."""
         if steps is not None and not 1 <= steps <= bounds.steps:
@@ -81,7 +84,8 @@ def create_app(trained: MetaTrained, limits: Limits | None = None, hosts: frozen
             images = iter(decode((u for uploads in support.values() for u in uploads), trained.preprocessing, bounds))
             by_class = {name: [next(images) for _ in uploads] for name, uploads in support.items()}
             with _in_words():
-                adaptation = trained.adaptation(by_class, steps=steps)
+                how: dict[str, Any] = {} if weighing is None else {"weighing": weighing}
+                adaptation = trained.adaptation(by_class, steps=steps, **how)
                 return adaptation, adaptation.support_losses.tolist(), adaptation.support_accuracies.tolist()
 
         adaptation, losses, accuracies = await gate.run(adapted)
