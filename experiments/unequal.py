@@ -17,7 +17,7 @@ import torch
 from stranger import characters
 
 import innerloop
-from innerloop.network import Normalisation
+from innerloop.norm_layers import Normalisation
 from innerloop.training.checkpoints import write_json
 from innerloop.training.environment import environment
 from innerloop.training.progress import Progress
@@ -62,10 +62,10 @@ def main() -> None:
         {
             "counts the same": how,
             "normalisation": n,
-            "small classes right": right / of,
-            "taken for the large": large / of,
+            "small classes right": a / of,
+            "taken for the large": b / of,
         }
-        for (how, n), (right, large, of) in counts.items()
+        for (how, n), (a, b, of) in counts.items()
     ]
     command = f"python experiments/unequal.py RUN --data DIR --draws {chosen.draws}"
     chosen.out.mkdir(parents=True, exist_ok=True)

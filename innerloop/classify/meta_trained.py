@@ -116,6 +116,7 @@ class MetaTrained:
         normalisation: Normalisation = "support",
         ink: InkChoice = "auto",
         weighing: Weighing = "classes",
+        bits: int | None = None,
         skip_broken: bool = False,
     ) -> Classifier:
         """A classifier of the classes of a support set.
@@ -131,6 +132,7 @@ class MetaTrained:
                 dark one. ``"auto"`` goes by what they show.
             weighing: what counts the same in the support loss and in ``Adaptation.estimate``: every class
                 (``"classes"``), or every image (``"images"``), by which a class with many images wins.
+            bits: that values of 16-bit images use; by default those of the run, or else of the support images.
             skip_broken: leave out images that cannot be read, with a logged warning.
 
         Raises:
@@ -144,6 +146,7 @@ class MetaTrained:
             normalisation=normalisation,
             ink=ink,
             weighing=weighing,
+            bits=bits,
             skip_broken=skip_broken,
         ).classifier
 
@@ -155,6 +158,7 @@ class MetaTrained:
         normalisation: Normalisation = "support",
         ink: InkChoice = "auto",
         weighing: Weighing = "classes",
+        bits: int | None = None,
         skip_broken: bool = False,
     ) -> Adaptation:
         """The same with every inner step kept, to be watched. Arguments and errors as of ``adapt``."""
@@ -168,8 +172,10 @@ class MetaTrained:
             raise ValueError(f"weighing must be one of {', '.join(get_args(Weighing))}; got {weighing!r}")
         if steps is not None and steps < 0:
             raise ValueError(f"steps must be 0 or more, got {steps}")
-        read = read_support(support, replace(self.preprocessing, invert=False), skip_broken=skip_broken)
+        as_they_are = replace(self.preprocessing, invert=False, bits=bits or self.preprocessing.bits)
+        read = read_support(support, as_they_are, skip_broken=skip_broken)
         preprocessing, notes = self._with_ink(read, ink)
+        preprocessing = replace(preprocessing, bits=read.bits)
         learner = self.learner(len(read.classes), weighing)
         pixels = read.pixels.bitwise_not() if preprocessing.invert else read.pixels
         examples = Examples(preprocessing.inputs(pixels), read.targets)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from pydantic import Field
 from rich.console import Console
 
 from innerloop.classify import Adaptation, Estimate, load
@@ -42,6 +43,8 @@ class AdaptArguments:
     weighing: Weighing = "classes"
     """What counts the same where classes have different numbers of images: every class, or every image, by which a
     class with many wins. The estimate is weighed so too."""
+    bits: Annotated[int, Field(ge=8, le=16)] | None = None
+    """Bits that values of 16-bit images use, such as 12. Default: those of the run, or else of your images."""
     skip_broken: bool = False
     """Go on without images that cannot be read."""
     estimate: bool = True
@@ -65,6 +68,7 @@ def run(arguments: Sequence[str]) -> int:
             normalisation=chosen.normalisation,
             ink=chosen.ink,
             weighing=chosen.weighing,
+            bits=chosen.bits,
             skip_broken=chosen.skip_broken,
         )
         classifier = adaptation.classifier

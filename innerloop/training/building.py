@@ -105,6 +105,7 @@ def build_preprocessing(config: Config) -> Preprocessing:
         mean=_IMAGENET_MEAN if colour else None,
         std=_IMAGENET_STD if colour else None,
         ink="bright" if bright else None,
+        bits=data.bits or None,
     )
 
 
@@ -142,6 +143,7 @@ def _images(data: DataConfig, preprocessing: Preprocessing, seed: int, progress:
         at_least=data.shots + data.queries,
         fit=preprocessing.fit,
         invert=preprocessing.invert,
+        bits=preprocessing.bits,
         seed=seed,
         skip_broken=data.skip_broken,
         progress=progress,

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
@@ -123,6 +123,9 @@ def train(
     device = build_device(config, ranks)
     with ranks.first_on_each_machine():
         source = build_tasks(config, device, progress=progress.shown)
+    bits = getattr(source, "bits", None)
+    if bits and not config.data.bits:  # what was found is recorded, for images that come later
+        config = replace(config, data=replace(config.data, bits=bits))
     learner = build_learner(config, device)
     optimizer = torch.optim.Adam(learner.parameters(), lr=config.outer.outer_lr)
     ranks.shared(lambda: None if folder.created else folder.create(preset, config))
