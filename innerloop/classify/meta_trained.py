@@ -31,7 +31,7 @@ from innerloop.norm_layers import Normalisation
 from innerloop.tasks import Examples
 from innerloop.training.building import build_learner, build_preprocessing
 from innerloop.training.checkpoints import CheckpointError, load_checkpoint
-from innerloop.training.config import Config, ConfigError, config_to_json
+from innerloop.training.config import ComputeConfig, Config, ConfigError, config_to_json
 from innerloop.training.run_folder import RunFolder
 from innerloop.update_rules import Tensors
 
@@ -211,7 +211,9 @@ class MetaTrained:
         config = replace(
             self.config,
             data=replace(self.config.data, ways=ways),
-            compute=replace(self.config.compute, device="cpu"),
+            compute=ComputeConfig(
+                seed=self.config.compute.seed, device="cpu"
+            ),  # what belongs to a machine is this one's
         )
         # A stranger's config may ask for more than its checkpoint holds, and than there is of memory: shapes first.
         with torch.random.fork_rng(devices=[]), torch.device("meta"):

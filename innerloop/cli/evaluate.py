@@ -15,7 +15,7 @@ from innerloop.cli.ranks import peeked_timeout, to_be_launched
 from innerloop.cli.tables import print_test
 from innerloop.training.building import build_device, build_learner, build_tasks, build_workers
 from innerloop.training.checkpoints import write_json
-from innerloop.training.config import ConfigError, Positive, Steps, Threads
+from innerloop.training.config import ComputeConfig, ConfigError, Positive, Precision, Steps, Threads
 from innerloop.training.distributed import TIMEOUT_SECONDS, Ranks, joined, launch
 from innerloop.training.environment import environment
 from innerloop.training.evaluation import evaluate_checkpoints
@@ -40,6 +40,8 @@ class EvaluateArguments:
     """Folder of the data set, where it is not the run's."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
+    precision: Precision = "float32"
+    """Of convolutions, on this machine; tf32 is a GPU's."""
     threads: Threads = 0
     """CPU threads of each process (0: the cores shared out over the processes)."""
     processes: Threads = 0
@@ -62,7 +64,7 @@ def _run(arguments: Sequence[str], ranks: Ranks) -> int:
     chosen = parsed(EvaluateArguments, arguments, "innerloop evaluate")
     folder = RunFolder(chosen.run)
     preset, config = ranks.shared(folder.read_config)
-    epochs, damage = ranks.shared(lambda: best_epochs(folder) if folder.started else ([], []))
+    epochs, damage = ranks.shared(lambda: best_epochs(folder))
     if not epochs:
         raise ConfigError(f"{chosen.run} has no finished epoch to test; go on: innerloop train --resume {chosen.run}")
     if to_be_launched(chosen.devices, ranks):
@@ -70,7 +72,14 @@ def _run(arguments: Sequence[str], ranks: Ranks) -> int:
     config = replace(
         config,
         data=replace(config.data, data=chosen.data or config.data.data),
-        compute=replace(config.compute, device=chosen.device, threads=chosen.threads, processes=chosen.processes),
+        # What belongs to a machine is this one's.
+        compute=ComputeConfig(
+            seed=config.compute.seed,
+            device=chosen.device,
+            precision=chosen.precision,
+            threads=chosen.threads,
+            processes=chosen.processes,
+        ),
     )
     progress = Progress(shown=ranks.main and not chosen.json)
     for what in damage if ranks.main else ():
@@ -102,6 +111,7 @@ def _run(arguments: Sequence[str], ranks: Ranks) -> int:
         "preset": preset,
         "split": chosen.split,
         "steps": steps,
+        "precision": chosen.precision,
         "epochs": epochs,
         "test": scores,
         "environment": measured_on,

@@ -55,7 +55,7 @@ def build_device(config: Config, ranks: Ranks = ALONE) -> torch.device:
         raise ConfigError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     tf32 = config.compute.precision == "tf32"
     if tf32 and device.type != "cuda":
-        raise ConfigError(f"--precision tf32 is a GPU's, and this run is on {device}: take float32 or bf16")
+        raise ConfigError(f"--precision tf32 is a GPU's, and this is on {device}: give --precision float32 (or bf16)")
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
     return device

@@ -75,6 +75,12 @@ class RunFolder:
         return self.checkpoints / f"epoch-{epoch:04d}.safetensors"
 
     @property
+    def kept_epochs(self) -> list[int]:
+        """Epochs with a checkpoint of their own."""
+        names = (path.stem.removeprefix("epoch-") for path in self.checkpoints.glob("epoch-*.safetensors"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a finished epoch."""
         return self.path / "metrics.jsonl"

@@ -483,9 +483,18 @@ def best_checkpoints(folder: RunFolder, epochs: list[int], ranks: Ranks = ALONE)
 def best_epochs(folder: RunFolder) -> tuple[list[int], list[str]]:
     """Epochs whose checkpoints are kept and whole, the best on validation first; and what is wrong with others.
 
+    A run that was published without the state to go on from has checkpoints that say how good they are.
+
     Raises:
         CheckpointError: the run's states cannot be read, or none of its best checkpoints.
     """
+    if not folder.started:
+        good, damage = folder.usable(folder.kept_epochs)
+        values = {epoch: load_checkpoint(folder.epoch_checkpoint(epoch))[1].get("val") for epoch in good}
+        if not all(isinstance(value, int | float) for value in values.values()):
+            raise CheckpointError(f"the checkpoints of {folder.path} do not say how good they are")
+        best_first = sorted(good, key=lambda epoch: (values[epoch], epoch), reverse=True)
+        return best_first, [f"{what}. Tested without it" for what in damage]
     state = folder.load_state()
     try:
         best = Progression.from_json(state.values).best
