@@ -56,6 +56,33 @@ def check_model(model: nn.Module) -> None:
                     f"{key} of {name} ({type(module).__name__}) has no shape yet: call the model on a batch of inputs "
                     "once, before the MetaLearner is made"
                 )
+            if isinstance(tensor, torch.Tensor) and tensor.is_inference():
+                raise ValueError(
+                    f"{key} of {name} was made under torch.inference_mode and cannot be learned: make the model outside"
+                )
+
+
+def check_loss(loss: object, model: nn.Module) -> None:
+    """Refuse what is no loss, or one that learns by itself.
+
+    Raises:
+        TypeError: it cannot be called, or is a class.
+        ValueError: it has parameters that are not the model's.
+    """
+    if isinstance(loss, type):
+        raise TypeError(
+            f"the loss must be a function loss(outputs, targets), and {loss.__name__} is a class: {loss.__name__}()"
+        )
+    if not callable(loss):
+        raise TypeError(f"the loss must be a function loss(outputs, targets), got {loss!r:.80}")
+    if isinstance(loss, nn.Module):
+        known = {id(p) for p in model.parameters()}
+        own = [name for name, p in loss.named_parameters() if p.requires_grad and id(p) not in known]
+        if own:
+            raise ValueError(
+                f"the loss {type(loss).__name__} has parameters of its own ({', '.join(own[:3])}), which nobody would "
+                "learn: make it a part of the model, or freeze them (requires_grad_(False))"
+            )
 
 
 @contextmanager
@@ -73,7 +100,7 @@ def explained(model: nn.Module) -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         message, where = str(error), _module_of(model, error.__traceback__)
         if isinstance(error, ValueError):
-            if "Expected more than 1 value per channel" not in message:
+            if not message.startswith("Expected more than 1 "):  # value per channel, spatial element
                 raise
             raise BatchOfOneError(
                 f"{where or 'a batch norm layer'} normalises with the statistics of its batch, and a single value a "
@@ -88,7 +115,12 @@ def explained(model: nn.Module) -> Iterator[None]:
 
 def _sentence(model: nn.Module, message: str, where: str | None) -> str | None:
     if "donated buffer" in message or "does not currently support double backward" in message:
-        return _COMPILED.format(name=_compiled(model) or "a part of it")
+        return str(compiled_twice(model))
+    if "Checkpointing is not compatible with" in message or "use_reentrant" in message:
+        return (
+            "activation checkpointing with use_reentrant=True works with loss.backward() alone: take "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or switch checkpointing off"
+        )
     missing = re.search(r"erivative for '?([\w:.]+)'? is not implemented", message)
     if missing or "once_differentiable" in message:
         operator = missing[1] if missing else "a function marked once_differentiable"
@@ -100,6 +132,11 @@ def _sentence(model: nn.Module, message: str, where: str | None) -> str | None:
             f"nn.Embedding and a mean, for example. PyTorch says: {message.splitlines()[0]}"
         )
     return None
+
+
+def compiled_twice(model: nn.Module) -> UnsuitableModelError:
+    """What to say of a second derivative through something that ``torch.compile`` made."""
+    return UnsuitableModelError(_COMPILED.format(name=_compiled(model) or "a function that it or the loss calls"))
 
 
 def _compiled(model: nn.Module) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from innerloop import learning_rates, norm_layers, per_step
-from innerloop.explanations import check_model, explained
+from innerloop.explanations import UnsuitableModelError, check_loss, check_model, explained
 from innerloop.inner_loop import InnerLoop, MetaParameters
 from innerloop.meta_gradients import META_GRADIENTS, GradientMode, LossWeights, TaskGradient
 from innerloop.methods import Method, maml, whole_number
@@ -26,6 +27,7 @@ from innerloop.network import Loss, Network
 from innerloop.norm_layers import Normalisation
 from innerloop.per_step import Statistics
 from innerloop.precision import Precision
+from innerloop.rehearsal import is_trusted, rehearse
 from innerloop.tasks import (
     Examples,
     Task,
@@ -41,6 +43,8 @@ from innerloop.update_rules import UPDATE_RULES, Tensors
 
 MetaBatch = tuple[tuple[Any, Any], tuple[Any, Any]]
 Parallel = Literal["auto", "loop", "vmap"]
+
+_GRAPH_IS_GONE = ("does not require grad", "backward through the graph a second time")
 
 _SMALL_MODEL = 10_000
 """Parameters under which, on a CPU and without convolutions, an operation's overhead costs more than its arithmetic."""
@@ -75,6 +79,19 @@ class MetaBatchResult:
     support_losses: Tensor
     query_losses: Tensor
     query_outputs: Any
+
+
+class FastWeights(dict[str, Tensor]):
+    """theta^k: adapted parameters by name.
+
+    Attributes:
+        buffers: of the model, but for norm layers', as the k support passes left them.
+        support_loss: that the step here descended; None of theta^0.
+    """
+
+    def __init__(self, theta: Tensors, buffers: Tensors, support_loss: Tensor | None) -> None:
+        super().__init__(theta)
+        self.buffers, self.support_loss = buffers, support_loss
 
 
 class Plan(NamedTuple):
@@ -138,8 +155,7 @@ class MetaLearner:
         if precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}; got {precision!r}")
         check_model(model)
-        if not callable(loss):
-            raise TypeError(f"the loss must be a function loss(outputs, targets), got {loss!r:.80}")
+        check_loss(loss, model)
         if method is not None and not isinstance(method, Method):
             called = f": call it, {method.__name__}()" if callable(method) and hasattr(method, "__name__") else ""
             raise TypeError(f"the method must be a Method, such as innerloop.maml(), got {method!r:.80}{called}")
@@ -165,6 +181,7 @@ class MetaLearner:
         }
         self._copied = frozenset({*self.meta.per_step, *(self.statistics.per_step.keys() & frozen)})
         network.state.check()
+        self._rehearsed: set[str] = set()
         self.parallel: Parallel = parallel
         on_cpu = all(p.device.type == "cpu" for p in self.meta.adapted.values())
         convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
@@ -270,6 +287,8 @@ class MetaLearner:
             UnsuitableModelError: the model has no second derivative, or is compiled.
         """
         with self._in_use():
+            if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+                raise TypeError(f"scaler must be a torch.amp.GradScaler, got {scaler!r:.80}")
             scale = None if scaler is None else scaler.scale(torch.ones((), device=self._like.device))
             return self.accumulate([self.task_gradients(tasks, epoch, scale)], epoch)
 
@@ -301,7 +320,8 @@ class MetaLearner:
         """
         if epoch is None and self.method.needs_epoch:
             raise ValueError("this method has MSL or DA, whose schedules need the epoch: backward(tasks, epoch)")
-        if epoch is not None and not (isinstance(epoch, int | float) and 0 <= epoch < math.inf):
+        number = isinstance(epoch, numbers.Real) and not isinstance(epoch, bool)
+        if epoch is not None and not (number and 0 <= epoch < math.inf):
             raise ValueError(f"the epoch must be a number of at least 0, got {epoch!r:.80}")
         second_order = self.method.derivative_order(epoch or 0) == 2
         mode: GradientMode = self.mode if self.mode != "auto" else self._chosen_mode()
@@ -309,13 +329,17 @@ class MetaLearner:
 
     def _chosen_mode(self) -> GradientMode:
         """Reverse where mixed mode would store every graph too: the same memory, and less to do one by one."""
-        return "mixed" if self._vmap or self.method.inner_steps > self.loop.stored_steps else "reverse"
+        many = self.method.inner_steps > self.loop.stored_steps
+        return "mixed" if self._vmap or many or self.loop.network.recomputes else "reverse"
 
     def planned_gradients(self, tasks: Task, plan: Plan) -> TaskGradient:
         """``task_gradients`` as a plan has it."""
         with self._in_use():
             self.loop.network.modes.seen(training=True)
             size = meta_batch_size(tasks)
+            second_order = plan.mode != "first-order"
+            what = "second-order" if second_order else "first-order"
+            self._rehearse(what, select_task(tasks, 0).support, second_order)
             return self._vmapped(tasks, size, plan) or self._looped(tasks, size, plan)
 
     @property
@@ -358,7 +382,7 @@ class MetaLearner:
 
     def _vmapped(self, tasks: Task, size: int, plan: Plan) -> TaskGradient | None:
         """All tasks at once; None where tasks are to be looped over."""
-        if not self._vmap or plan.mode == "reverse":
+        if not self._vmap or plan.mode == "reverse" or self.loop.network.recomputes:
             return None
         loop = replace(self.loop, functional=True)
         leaves, structure = pytree.tree_flatten(tasks)
@@ -382,7 +406,7 @@ class MetaLearner:
             return looped
         return result._replace(gradient=pytree.tree_map(lambda t: t.sum(0), result.gradient))
 
-    def trajectory(self, support: Examples | tuple[Any, Any], steps: int | None = None) -> Iterator[Tensors]:
+    def trajectory(self, support: Examples | tuple[Any, Any], steps: int | None = None) -> Iterator[FastWeights]:
         """theta^0 .. theta^steps on a support set, in evaluation mode; ``predict`` calls the model with one of them.
 
         Support sets are always normalised with their own batch's statistics, as in training; frozen norm layers keep
@@ -391,15 +415,43 @@ class MetaLearner:
         """
         return self._trajectory(as_support(support, self._like), self._steps(steps))
 
-    def _trajectory(self, support: Examples, steps: int) -> Iterator[Tensors]:
+    def _trajectory(self, support: Examples, steps: int) -> Iterator[FastWeights]:
+        modes, of_norm = self.loop.network.modes, norm_layers.norm_buffer_names(self.model)
         walk = self.loop.trajectory(self.meta, self.statistics, support, steps)
         while True:
             # The model is taken for one step at a time: the caller may use it in between.
-            with self._in_use(), self.loop.network.modes.evaluating("batch"):
-                theta = next(walk, None)
-            if theta is None:
+            with self._in_use():
+                if "adapting" not in self._rehearsed:
+                    try:
+                        with modes.adapting():
+                            self._rehearse("adapting", support)
+                    except RuntimeError as error:
+                        if not any(sign in str(error) for sign in _GRAPH_IS_GONE):
+                            raise
+                        modes.inner_loop_trains = True
+                with modes.adapting():
+                    here = next(walk, None)
+            if here is None:
                 return
-            yield theta
+            theta, statistics, loss = here
+            kept = {n: b for n, b in statistics.shared.items() if n not in of_norm}
+            yield FastWeights(theta, kept, loss)
+
+    def _rehearse(self, what: str, examples: Examples, second_order: bool = False) -> None:
+        """See once that the model and the loss are what an inner loop takes them for."""
+        network = self.loop.network
+        if what in self._rehearsed:
+            return
+        if not is_trusted(network):
+            parameters = {**self.meta.adapted, **self.meta.fixed_at_step(0)}
+            buffers = self.statistics.at_step(0)
+            rehearse(network, parameters, buffers, examples, second_order=second_order)
+            if network.recomputes and self.mode == "reverse":
+                raise UnsuitableModelError(
+                    "the model computes parts of itself again while a gradient is taken (activation checkpointing), "
+                    "which needs each inner step's own weights then: take mode='mixed', or switch checkpointing off"
+                )
+        self._rehearsed.add(what)
 
     def _steps(self, steps: int | None) -> int:
         return self.method.inner_steps if steps is None else whole_number("steps", steps, least=0)
@@ -425,7 +477,9 @@ class MetaLearner:
         check_normalisation(normalisation)
         if normalisation == "support" and support is None:
             raise ValueError('normalisation="support" needs the inputs of the support set: predict(..., support=)')
+        support = support.inputs if isinstance(support, Examples) else support
         with self._in_use():
+            _check_fast_weights(fast_weights, self.meta.adapted)
             tensors, buffers = self._tensors_at(fast_weights, inner_step)
             if normalisation == "support":
                 self._keep_statistics(tensors, buffers, as_tensors(support, self._like))
@@ -433,9 +487,13 @@ class MetaLearner:
                 return self.loop.network.answers(tensors, buffers, as_tensors(inputs, self._like))
 
     def _tensors_at(self, fast_weights: Tensors, inner_step: int) -> tuple[Tensors, Tensors]:
-        """Parameters and buffers (copies) to call the model with at theta^k; norm layers have those of step k - 1."""
+        """Parameters and buffers (copies) to call the model with at theta^k; norm layers have those of step k - 1.
+
+        Other buffers are as the inner loop left them.
+        """
         last = max(inner_step - 1, 0)
-        buffers = {n: b.clone() for n, b in self.statistics.at_step(last).items()}
+        kept = fast_weights.buffers if isinstance(fast_weights, FastWeights) else {}
+        buffers = {n: b.clone() for n, b in {**self.statistics.at_step(last), **kept}.items()}
         return {**fast_weights, **self.meta.fixed_at_step(last)}, buffers
 
     def _keep_statistics(self, parameters: Tensors, buffers: Tensors, support: Any) -> None:
@@ -467,13 +525,18 @@ class MetaLearner:
 
         Raises:
             ValueError: an unknown normalisation, a negative number of steps, or ``support`` is no support set.
+            NonFiniteLossError: the support loss was NaN or infinite.
             TypeError: something on the model cannot be copied.
         """
         steps = self._steps(steps)
         check_normalisation(normalisation)
         support = as_support(support, self._like)
         with self._in_use():
-            *_, theta = self._trajectory(support, steps)
+            walk = list(self._trajectory(support, steps))
+            theta = walk[-1]
+            for k, weights in enumerate(walk[1:], start=1):
+                if weights.support_loss is not None and not weights.support_loss.isfinite():
+                    raise NonFiniteLossError("support", 0, k, float(weights.support_loss))
             adapted = copied(self.model)
             tensors, buffers = self._tensors_at(theta, steps)
             frozen = self.loop.network.modes.seen()
@@ -491,7 +554,40 @@ class MetaLearner:
         adapted.eval()
         if normalisation == "batch":
             norm_layers.use_batch_statistics(adapted, frozen)
+        if "copying" not in self._rehearsed and not is_trusted(self.loop.network):
+            self._check_copy(adapted, theta, steps, normalisation, support.inputs)
+            self._rehearsed.add("copying")
         return adapted
+
+    def _check_copy(
+        self, adapted: nn.Module, theta: Tensors, steps: int, normalisation: Normalisation, inputs: Any
+    ) -> None:
+        """Raise if a copy of the model does not answer as the model does with the same tensors."""
+        expected = self.predict(theta, steps, inputs, normalisation, inputs)
+        trial = Network(adapted, self.loop.network.loss_function, self.loop.network.precision)
+        buffers = {n: b.clone() for n, b in adapted.named_buffers()}
+        with torch.inference_mode(False):
+            found = trial.answers(dict(adapted.named_parameters()), buffers, inputs)
+        for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
+            if isinstance(a, Tensor) and not torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True):
+                raise TypeError(
+                    f"an adapted model is a copy, and a copy of {type(self.model).__name__} gives other answers: it "
+                    "keeps a function (a lambda, a hook, a compiled method) that calls the original's layers. Make it "
+                    "a method"
+                )
+
+
+def _check_fast_weights(given: Any, adapted: Tensors) -> None:
+    """Raise ``ValueError`` for what no ``trajectory`` of the learner yielded."""
+    expected = "fast_weights are what learner.trajectory yields, tensors by the names of the adapted parameters"
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{expected}; got a {type(given).__name__}")
+    if given.keys() != adapted.keys():
+        missing, unknown = sorted(adapted.keys() - given.keys()), sorted(map(str, given.keys() - adapted.keys()))
+        raise ValueError(f"{expected}; missing {missing}, unknown {unknown}")
+    for name, tensor in given.items():
+        if tensor.shape != adapted[name].shape:
+            raise ValueError(f"{expected}; {name} has shape {list(tensor.shape)}, expected {list(adapted[name].shape)}")
 
 
 def check_normalisation(normalisation: str) -> None:
@@ -520,6 +616,9 @@ def _check_finite(outcome: MetaBatchResult, weights: list[float]) -> None:
 def _meta_parameters(model: nn.Module, method: Method) -> MetaParameters:
     """Sort the model's trainable parameters into adapted, shared and per-step ones, and make the rates."""
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        why = "all of its parameters are frozen" if any(True for _ in model.parameters()) else "it has no parameters"
+        raise ValueError(f"no trainable parameter in {type(model).__name__}: {why}")
     norm = norm_layers.norm_parameter_names(model) & trainable.keys() if method.bnwb else set()
     for pattern in (*method.adapt, *method.adapt_except, *method.zero_init):
         if not any(fnmatchcase(name, pattern) for name in trainable):

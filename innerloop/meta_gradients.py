@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from innerloop.closed_forms import ClosedForms
 from innerloop.inner_loop import InnerLoop, MetaParameters, SecondOrder, State, detached
-from innerloop.model_state import random_state
+from innerloop.model_state import Randomness
 from innerloop.network import replayed_randomness
 from innerloop.per_step import Statistics
 from innerloop.tasks import Task
@@ -124,7 +124,7 @@ class _Step:
     g: Tensors
     """Empty where the step is computed again."""
     statistics: Statistics
-    randomness: list[Tensor]
+    randomness: Randomness | None
     second_order: SecondOrder | None
     query_theta: Tensors
     query_psi: Tensors
@@ -152,7 +152,7 @@ def _adjoint_walk(
         before = statistics
         stored = second_order and k >= len(weights) - loop.stored_steps
         # Asking for the generator's state waits for a GPU, which a CUDA graph may not.
-        randomness = random_state(device) if second_order and not stored else []
+        randomness = Randomness.now(device) if second_order and not stored else None
         support = loop.gradient(theta, psi, statistics, k, task.support, keep_graph=stored)
         statistics = support.statistics
         g = support.theta if stored or not second_order else {}
@@ -175,6 +175,7 @@ def _adjoint_walk(
         step = steps.pop()
         adjoint = _sum(adjoint, step.query_theta)
         if second_order and step.second_order is None:
+            assert step.randomness is not None
             with replayed_randomness(step.randomness, device):  # the same dropout masks
                 psi = meta.fixed_at_step(k)
                 again = loop.gradient(step.theta, psi, step.statistics, k, task.support, keep_graph=True)

@@ -1,9 +1,8 @@
 """A model called with other tensors in the place of its own, and what such a call leaves behind.
 
-What a forward changes is of three kinds. Buffers, changed in place or reassigned, are state: they go from step to
-step. Attributes that only serve the call itself (a weight that a hook computes, a feature kept to be looked at) are
-left as PyTorch would leave them. Attributes that the next call would read are refused by name, since a vmapped task or
-a step that is computed twice would silently see another's.
+Buffers, changed in place or reassigned, are state: they go from step to step. Attributes are left as PyTorch would
+leave them (a feature kept to be looked at, a weight that a hook computes); that no answer depends on them is found out
+once, see ``rehearsal``.
 """
 
 from __future__ import annotations
@@ -11,19 +10,19 @@ from __future__ import annotations
 import copy
 import operator
 import os
+import random
+import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-Result = TypeVar("Result")
 Tensors = Mapping[str, Tensor]
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -55,18 +54,6 @@ class _Seen(NamedTuple):
     version: int
 
 
-@dataclass(frozen=True, eq=False)
-class _Left:
-    """An attribute that a call changed: ``module.name`` from ``before`` (of ``content``) to ``after``."""
-
-    module: nn.Module
-    name: str
-    where: str
-    before: Any
-    content: Any
-    after: Any
-
-
 class _Absent:
     """In the place of an attribute that is not there."""
 
@@ -82,7 +69,6 @@ class ModelState:
         self._model = model
         self._slots = list(_slots(model))
         self._seen = {slot.where: _seen(_tensor(slot)) for slot in self._slots}
-        self._harmless: set[str] = set()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy's tensors count their changes anew."""
@@ -106,6 +92,9 @@ class ModelState:
                 changed.append(f"{slot.where} is no longer there")
                 continue
             tensor = _tensor(now)
+            if now.module is not slot.module:
+                changed.append(f"{slot.where} is in another layer ({type(now.module).__name__})")
+                continue
             if tensor is not seen.tensor and slot.kind == "_buffers" and _alike(tensor, seen.tensor):
                 # A forward of the user's own call reassigned it: its value is the buffer's, its place is not.
                 with torch.no_grad():
@@ -120,28 +109,18 @@ class ModelState:
                 f"{', '.join(changed[:5])}{more}. Make a new MetaLearner of it, and a new outer optimiser"
             )
 
-    def run(self, call: Callable[[], Result], parameters: Tensors, buffers: MutableMapping[str, Tensor]) -> Result:
-        """``call()`` with these tensors in the place of the model's own.
+    @contextmanager
+    def exchanged(self, parameters: Tensors, buffers: MutableMapping[str, Tensor]) -> Iterator[None]:
+        """Within it, the model has these tensors in the place of its own.
 
-        ``buffers`` are changed in place, or hold what a forward put in their place.
+        ``buffers`` are changed in place, or hold afterwards what a forward put in their place.
 
         Raises:
-            ValueError: the call left something on the model that the next one would read, or a buffer of another shape.
+            ValueError: the call left a buffer of another shape, or a new one.
         """
-        with self._exchanged(parameters, buffers) as left:
-            result = call()
-        suspect = [change for change in left if change.where not in self._harmless]
-        if suspect:
-            self._judge(suspect, call, parameters, buffers)
-        return result
-
-    @contextmanager
-    def _exchanged(self, parameters: Tensors, buffers: MutableMapping[str, Tensor]) -> Iterator[list[_Left]]:
-        """Other tensors in the place of the model's own; the list yielded holds, after it, what was left."""
-        left: list[_Left] = []
         own: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
-        attributes = [(module, dict(vars(module)), _contents(module)) for module in self._model.modules()]
-        registered = [(module._buffers, dict(module._buffers)) for module, _, _ in attributes]
+        attributes = Attributes(self._model)
+        registered = [(module._buffers, dict(module._buffers)) for module in self._model.modules()]
         try:
             for slot in self._slots:
                 tensor = parameters.get(slot.name) if slot.kind == "_parameters" else buffers.get(slot.name)
@@ -149,19 +128,15 @@ class ModelState:
                     place = getattr(slot.module, slot.kind)
                     own.append((place, slot.key, place[slot.key]))
                     place[slot.key] = tensor
-            yield left
+            yield
             self._read_back(buffers, registered)
         except BaseException:
-            left += _changed(self._model, attributes)
-            _put_back(left)
-            left.clear()
+            attributes.put_back()
             raise
         else:
-            left += _changed(self._model, attributes)
-            of_torch = [change for change in left if type(change.module).__module__.startswith("torch.")]
             # Of a transform's call nothing may stay behind: its tensors mean nothing outside.
-            _put_back(left if torch._C._are_functorch_transforms_active() else of_torch)
-            left[:] = [change for change in left if change not in of_torch]
+            if torch._C._are_functorch_transforms_active():
+                attributes.put_back()
         finally:
             for place, before in registered:
                 for key in place.keys() - before.keys():
@@ -199,57 +174,6 @@ class ModelState:
                     "and is averaged over tasks: it keeps its shape, type and device"
                 )
             buffers[slot.name] = now
-
-    def _judge(
-        self,
-        suspect: list[_Left],
-        call: Callable[[], Any],
-        parameters: Tensors,
-        buffers: Mapping[str, Tensor],
-    ) -> None:
-        """Let pass, once and for all, attributes that no call reads, or that a second call leaves as they are."""
-        now = [_Left(c.module, c.name, c.where, _now(c), _content(_now(c)), None) for c in suspect]
-        try:
-            _put_back(suspect)
-            for change in suspect:
-                before = change.before
-                if before is _Absent:  # on the instance
-                    before = getattr(type(change.module), change.name, _Absent)
-                if before is not _Absent:
-                    change.module.__dict__[change.name] = _stand_in_for(before)
-            if self._runs_again(call, parameters, buffers) is None:
-                # Somebody reads it. That is harmless where what is there now stays as it is: a cache.
-                for change in suspect:
-                    _set(change, change.after)
-                again = self._runs_again(call, parameters, buffers)
-                moved = [c for c in suspect if again is None or any(a.where == c.where for a in again)]
-                if moved:
-                    names = ", ".join(c.where for c in moved)
-                    _put_back(suspect)
-                    now = []
-                    raise ValueError(
-                        f"{type(self._model).__name__}.forward changes {names} and reads it in the next call. Buffers "
-                        "go from inner step to inner step, each task with its own; attributes do not. Make it a "
-                        f"buffer, in __init__: self.register_buffer({moved[0].name!r}, torch.zeros(...))"
-                    )
-        finally:
-            _put_back(now)
-        self._harmless |= {change.where for change in suspect}
-
-    def _runs_again(
-        self, call: Callable[[], Any], parameters: Tensors, buffers: Mapping[str, Tensor]
-    ) -> list[_Left] | None:
-        """What the call leaves if it is made once more, for nothing; None where it fails."""
-        device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
-        generators = random_state(device)
-        try:
-            with self._exchanged(parameters, {n: b.clone() for n, b in buffers.items()}) as left:
-                call()
-        except Exception:
-            return None
-        finally:
-            set_random_state(generators, device)
-        return left
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -303,7 +227,7 @@ def locked(model: nn.Module) -> Iterator[None]:
 
 
 def random_state(device: torch.device) -> list[Tensor]:
-    """State of the generators that a model on ``device`` draws from."""
+    """State of PyTorch's generators that a model on ``device`` draws from."""
     states = [torch.get_rng_state()]
     return states if device.type != "cuda" else [*states, torch.cuda.get_rng_state(device)]
 
@@ -313,6 +237,27 @@ def set_random_state(state: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(state[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state[1], device)
+
+
+class Randomness(NamedTuple):
+    """State of every generator that a forward is likely to draw from: PyTorch's, Python's and NumPy's."""
+
+    of_torch: list[Tensor]
+    of_python: Any
+    of_numpy: Any
+
+    @staticmethod
+    def now(device: torch.device) -> Randomness:
+        """As it is."""
+        numpy = sys.modules.get("numpy")  # who does not use it does not draw from it
+        return Randomness(random_state(device), random.getstate(), numpy and numpy.random.get_state())
+
+    def restore(self, device: torch.device) -> None:
+        """Go back to it."""
+        set_random_state(self.of_torch, device)
+        random.setstate(self.of_python)
+        if self.of_numpy is not None:
+            sys.modules["numpy"].random.set_state(self.of_numpy)
 
 
 def _slots(model: nn.Module) -> Iterator[_Slot]:
@@ -361,6 +306,42 @@ def _changes(slot: _Slot, seen: _Seen, tensor: Tensor, copied: bool) -> list[str
     return []
 
 
+class Attributes:
+    """What a model's modules have besides parameters and buffers, as it is now; containers with their items."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._kept = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
+
+    def changed(self) -> Iterator[tuple[nn.Module, str, Any, Any]]:
+        """Module and name of every attribute that is another than before, its value before and its content."""
+        for module, before, contents in self._kept:
+            now = vars(module)
+            if not contents and len(now) == len(before) and all(map(operator.is_, now.values(), before.values())):
+                continue
+            for name in before.keys() | now.keys():
+                old, new = before.get(name, _Absent), now.get(name, _Absent)
+                alike = (old is new and _same(contents.get(name), new)) or _equal(old, new)
+                if name not in _OF_EVERY_MODULE and not alike:
+                    yield module, name, old, contents.get(name)
+
+    def names(self) -> list[str]:
+        """Of those that are another than before."""
+        modules = {module: name for name, module in self._model.named_modules()}
+        return sorted(f"{modules[module]}.{name}".lstrip(".") for module, name, _, _ in self.changed())
+
+    def put_back(self) -> None:
+        """As before, as far as it can be: what is inside somebody's own objects stays."""
+        for module, name, value, content in list(self.changed()):
+            if isinstance(value, _CONTAINERS) and content is not None and not _same(content, value):
+                value.clear()
+                value.update(content) if isinstance(value, dict | set) else value.extend(content)
+            if value is _Absent:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = value
+
+
 def _contents(module: nn.Module) -> dict[str, Any]:
     """What the containers and tensors among a module's attributes hold now."""
     if type(module).__module__.startswith("torch."):
@@ -376,23 +357,6 @@ def _content(value: Any) -> Any:
     return _version(value) if isinstance(value, Tensor) else None
 
 
-def _changed(model: nn.Module, before: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]) -> list[_Left]:
-    """Attributes that are others than before, or that hold something else."""
-    left = []
-    names: dict[nn.Module, str] | None = None
-    for module, attributes, contents in before:
-        now = vars(module)
-        if not contents and len(now) == len(attributes) and all(map(operator.is_, now.values(), attributes.values())):
-            continue
-        for name in attributes.keys() | now.keys():
-            old, new = attributes.get(name, _Absent), now.get(name, _Absent)
-            if name in _OF_EVERY_MODULE or (old is new and _same(contents.get(name), new)) or _equal(old, new):
-                continue
-            names = names or {m: n for n, m in model.named_modules()}
-            left.append(_Left(module, name, f"{names[module]}.{name}".lstrip("."), old, contents.get(name), new))
-    return left
-
-
 def _same(content: Any, value: Any) -> bool:
     if content is None:
         return True
@@ -403,67 +367,8 @@ def _same(content: Any, value: Any) -> bool:
 
 
 def _items_same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is tuple and type(b) is tuple and len(a) == len(b) and all(map(_identical, a, b)))
-
-
-def _identical(a: Any, b: Any) -> bool:
-    return a is b or _equal(a, b)
+    return a is b or (type(a) is tuple and type(b) is tuple and len(a) == len(b) and all(map(operator.is_, a, b)))
 
 
 def _equal(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and isinstance(a, bool | int | float | str | torch.Size | type(None)) and a == b
-
-
-def _now(change: _Left) -> Any:
-    return vars(change.module).get(change.name, _Absent)
-
-
-def _set(change: _Left, value: Any) -> None:
-    if value is _Absent:
-        change.module.__dict__.pop(change.name, None)
-    else:
-        change.module.__dict__[change.name] = value
-
-
-def _put_back(changes: list[_Left]) -> None:
-    """Attributes as they were before, and their containers' items."""
-    for change in changes:
-        value, content = change.before, change.content
-        if isinstance(value, _CONTAINERS) and content is not None and not _same(content, value):
-            value.clear()
-            value.update(content) if isinstance(value, dict | set) else value.extend(content)
-        _set(change, value)
-
-
-class _ReadError(Exception):
-    """Somebody looked at an attribute."""
-
-
-def _raise(*_: Any, **__: Any) -> Any:
-    raise _ReadError
-
-
-class _Unreadable:
-    """In the place of an attribute: whatever is done with it raises."""
-
-    __torch_function__ = classmethod(_raise)
-    __getattr__ = __call__ = __bool__ = __len__ = __iter__ = __contains__ = __getitem__ = __setitem__ = _raise
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _raise
-    __iadd__ = __isub__ = __imul__ = __itruediv__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _raise
-    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __neg__ = __float__ = __int__ = __index__ = _raise
-    __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = __and__ = __or__ = __str__ = __repr__ = _raise
-    __hash__ = object.__hash__
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    pass
-
-
-class _WriteOnly(_Unreadable):
-    """In the place of a container: it may be written to."""
-
-    append = extend = add = update = clear = __setitem__ = _nothing
-
-
-def _stand_in_for(value: Any) -> _Unreadable:
-    return _WriteOnly() if isinstance(value, _CONTAINERS) else _Unreadable()
+    return type(a) is type(b) and isinstance(a, bool | int | float | str | torch.Size | type(None)) and bool(a == b)

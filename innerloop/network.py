@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,21 +15,30 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from innerloop.model_state import ModelState, random_state, set_random_state
+from innerloop.model_state import ModelState, Randomness
 from innerloop.norm_layers import Modes
 from innerloop.precision import Bfloat16Convolutions, MixedBatchNorm, Precision
-from innerloop.tasks import Examples
+from innerloop.tasks import SHARED, Examples
 
 Loss = Callable[[Any, Any], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Network:
-    """A model and a loss, called with the tensors that an inner loop gives in the place of the model's own."""
+    """A model and a loss, called with the tensors that an inner loop gives in the place of the model's own.
+
+    Attributes:
+        model: any.
+        loss_function: of its outputs and the targets.
+        precision: of convolutions.
+        recomputes: whether the model is called again while a gradient is taken (activation checkpointing), and must
+            have the same tensors then.
+    """
 
     model: nn.Module
     loss_function: Loss
     precision: Precision = "float32"
+    recomputes: bool = False
 
     @cached_property
     def state(self) -> ModelState:
@@ -40,9 +50,19 @@ class Network:
         """Which norm layers are frozen."""
         return Modes(self.model)
 
+    @contextmanager
+    def differentiated(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
+        """Around a gradient of what was called with these tensors, for models that compute again meanwhile."""
+        if not self.recomputes:
+            yield
+            return
+        with self.state.exchanged(parameters, {name: b.clone() for name, b in buffers.items()}):
+            yield
+
     def outputs(self, parameters: Mapping[str, Tensor], buffers: dict[str, Tensor], inputs: Any) -> Any:
         """What the model makes of ``inputs``. ``buffers`` hold afterwards what the model made of them."""
-        return self.state.run(lambda: self._called(inputs), parameters, buffers)
+        with self.state.exchanged(parameters, buffers):
+            return self._called(inputs)
 
     def answers(self, parameters: Mapping[str, Tensor], buffers: dict[str, Tensor], inputs: Any) -> Any:
         """``outputs`` as constants; of a model that takes gradients itself (forces of an energy) too."""
@@ -73,12 +93,9 @@ class Network:
         buffers = {name: b.clone() for name, b in buffers.items()}
         # A transform refuses changes in place by itself, and would have the copies as its own tensors.
         targets = examples.targets if torch._C._are_functorch_transforms_active() else own_copies(examples.targets)
-
-        def call() -> tuple[Tensor, Any]:
+        with self.state.exchanged(parameters, buffers):
             outputs = self._called(examples.inputs)
-            return self.loss_function(outputs, targets), outputs
-
-        loss, outputs = self.state.run(call, parameters, buffers)
+            loss = self.loss_function(outputs, targets)
         if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
             found = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(
@@ -101,8 +118,14 @@ class Network:
 
 
 def own_copies(tree: Any) -> Any:
-    """The same nest, with containers and tensors of its own."""
-    return pytree.tree_map_only(Tensor, torch.clone, tree)
+    """The same nest, with containers, tensors and whatever else it holds of its own."""
+    return pytree.tree_map(_own_copy, tree)
+
+
+def _own_copy(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.clone()
+    return leaf if isinstance(leaf, SHARED) else copy.deepcopy(leaf)
 
 
 class _MathAttention:
@@ -131,11 +154,11 @@ _MATH_ATTENTION = _MathAttention()
 
 
 @contextmanager
-def replayed_randomness(state: list[Tensor], device: torch.device) -> Iterator[None]:
+def replayed_randomness(state: Randomness, device: torch.device) -> Iterator[None]:
     """The random numbers (dropout masks) that were drawn from ``state`` on, and then those of now again."""
-    now = random_state(device)
-    set_random_state(state, device)
+    now = Randomness.now(device)
+    state.restore(device)
     try:
         yield
     finally:
-        set_random_state(now, device)
+        now.restore(device)

@@ -59,15 +59,30 @@ class Modes:
         self._model = model
         self._layers = dict(norm_layers(model))
         self._frozen = self._in_evaluation_mode()
+        self.inner_loop_trains = False
+        """Whether the model keeps the graphs of its own gradients in training mode alone, as force fields do."""
 
     def _in_evaluation_mode(self) -> frozenset[str]:
         return frozenset(name for name, layer in self._layers.items() if not layer.training)
 
     def seen(self, training: bool = False) -> frozenset[str]:
         """Names of the frozen layers as the model is now; ``training`` says that it is about to be trained so."""
-        if training or self._model.training:
+        if training or self._model.training or any(layer.training for layer in self._layers.values()):
             self._frozen = self._in_evaluation_mode()
         return self._frozen
+
+    @contextmanager
+    def adapting(self) -> Iterator[None]:
+        """Modes of the inner loop in use: evaluation mode, norm layers with the batch's statistics.
+
+        Or, with ``inner_loop_trains``, training mode without dropout.
+        """
+        with self.evaluating("batch"):
+            if self.inner_loop_trains:
+                frozen = {self._layers[name] for name in self.seen()}
+                for module in self._model.modules():
+                    module.training = module not in frozen and "dropout" not in type(module).__name__.lower()
+            yield
 
     @contextmanager
     def evaluating(self, normalisation: Normalisation) -> Iterator[None]:

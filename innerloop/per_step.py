@@ -74,5 +74,5 @@ class Statistics(NamedTuple):
             for name, value in own.items():
                 left = copies[name]
                 alike = (left == left[0]).all(0)
-                merged = left.mean(0) if value.is_floating_point() else left.amax(0)
+                merged = left.mean(0) if value.is_floating_point() or value.is_complex() else left.amax(0)
                 value.copy_(torch.where(alike, left[0], merged))

@@ -43,7 +43,7 @@ class MixedBatchNorm(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Divert ``F.batch_norm`` and ``F.instance_norm``."""
+        """Divert normalisation."""
         if func not in _NORMS or args[0].dtype not in (torch.bfloat16, torch.float16):
             return func(*args, **(kwargs or {}))
         others = [*args[1:], *(kwargs or {}).values()]
@@ -53,5 +53,5 @@ class MixedBatchNorm(TorchFunctionMode):
         return result.to(args[0].dtype)
 
 
-_NORMS: tuple[Callable[..., Any], ...] = (F.batch_norm, F.instance_norm)
+_NORMS: tuple[Callable[..., Any], ...] = (F.batch_norm, F.instance_norm, F.layer_norm, F.group_norm)
 _CONVOLUTIONS: tuple[Callable[..., Any], ...] = (F.conv1d, F.conv2d, F.conv3d)

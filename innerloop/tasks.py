@@ -33,7 +33,7 @@ class Task(NamedTuple):
     query: Examples
 
 
-_SHARED = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+SHARED = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 """What is no tensor and may stand in a meta-batch: the same for all of its tasks."""
 
 
@@ -51,7 +51,10 @@ def as_tensors(tree: Any, like: torch.Tensor) -> Any:
         return tree
     if isinstance(tree, Mapping):
         return {name: as_tensors(value, like) for name, value in tree.items()}
-    if isinstance(tree, list) and tree and all(isinstance(x, bool | int | float) for x in pytree.tree_leaves(tree)):
+    if isinstance(tree, range):
+        tree = list(tree)
+    if isinstance(tree, list) and tree and all(map(_is_number, pytree.tree_leaves(tree))):
+        tree = pytree.tree_map(lambda x: x.item() if hasattr(x, "item") else x, tree)
         try:
             return _of_kind(torch.tensor(tree), like)
         except (ValueError, TypeError) as error:
@@ -65,10 +68,15 @@ def as_tensors(tree: Any, like: torch.Tensor) -> Any:
         if not tree.shape:  # a number of NumPy's
             return tree.item()
         try:
-            return _of_kind(torch.as_tensor(tree), like)
-        except TypeError as error:
+            # A copy: PyTorch takes neither backward strides nor the other byte order, and warns of what is read-only.
+            return _of_kind(torch.as_tensor(tree.astype(tree.dtype.newbyteorder("="))), like)
+        except (TypeError, AttributeError) as error:
             raise TypeError(f"an array of {tree.dtype} makes no tensor: {error}") from None
     return tree
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, bool | int | float) or (hasattr(leaf, "item") and getattr(leaf, "shape", None) == ())
 
 
 def _of_kind(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -106,6 +114,15 @@ def as_meta_batch(tasks: Any, like: torch.Tensor) -> Task:
     return task
 
 
+def _check_graph(what: str, leaf: Any) -> None:
+    """Raise for inputs that another network made and that still lead back to it."""
+    if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
+        raise ValueError(
+            f"{what} carry the graph of what made them ({type(leaf.grad_fn).__name__}), which gets no gradient here: "
+            "detach them, or put that network into the model"
+        )
+
+
 def _pair(value: Any, expected: str) -> tuple[Any, Any]:
     if not isinstance(value, tuple | list) or len(value) != 2:
         what = f"{len(value)} parts" if isinstance(value, tuple | list) else f"a {type(value).__name__}"
@@ -119,12 +136,13 @@ def _check_examples(name: str, examples: Examples) -> None:
     single = "Is this a single task? innerloop.stack_tasks([task]) makes a meta-batch of it"
     for what, tree in examples._asdict().items():
         for leaf in pytree.tree_leaves(tree):
+            _check_graph(f"the {name} {what}", leaf)
             if isinstance(leaf, torch.Tensor) and leaf.ndim < 2:
                 raise ValueError(
                     f"the {name} {what} have shape {list(leaf.shape)}: in a meta-batch a tensor is [tasks, examples, "
                     f"...]. {single}"
                 )
-            if not isinstance(leaf, (torch.Tensor, *_SHARED)):
+            if not isinstance(leaf, (torch.Tensor, *SHARED)):
                 raise TypeError(
                     f"the {name} {what} hold a {type(leaf).__name__}: what differs between the tasks of a meta-batch "
                     "must be a tensor [tasks, examples, ...], in a tensor, tuple, list or dict"
@@ -190,5 +208,5 @@ def stacked(trees: Sequence[Tree]) -> Tree:
 def _stacked_leaves(*leaves: Any) -> Any:
     if isinstance(leaves[0], torch.Tensor):
         return torch.stack(leaves)
-    alike = all(leaf is leaves[0] or (isinstance(leaf, _SHARED) and leaf == leaves[0]) for leaf in leaves)
+    alike = all(leaf is leaves[0] or (isinstance(leaf, SHARED) and leaf == leaves[0]) for leaf in leaves)
     return leaves[0] if alike else list(leaves)

@@ -307,7 +307,7 @@ class Adaptation:
         Raises:
             DivergedError: they are not finite.
         """
-        thetas = list(self.learner.trajectory(self.examples, self.steps))
+        thetas: list[Tensors] = list(self.learner.trajectory(self.examples, self.steps))
         if not all(t.isfinite().all() for t in thetas[-1].values()):
             raise DivergedError(
                 f"adapting diverged within {self.steps} inner steps; take fewer, or as many as in training "
