@@ -18,6 +18,8 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from innerloop import learning_rates, norm_layers, per_step
+from innerloop.diagnose import Finding
+from innerloop.diagnose import diagnose as findings_of
 from innerloop.explanations import UnsuitableModelError, check_loss, check_model, explained
 from innerloop.inner_loop import InnerLoop, MetaParameters
 from innerloop.meta_gradients import META_GRADIENTS, GradientMode, LossWeights, TaskGradient
@@ -559,6 +561,14 @@ class MetaLearner:
             self._check_copy(adapted, theta, steps, normalisation, support.inputs)
             self._rehearsed.add("copying")
         return adapted
+
+    def diagnose(self, tasks: Task | MetaBatch, epoch: float | None = None) -> list[Finding]:
+        """Why does it not learn? What is odd about the learner on a meta-batch, the likeliest reason first.
+
+        Nothing is changed. Inner loops are walked some six times a task; a dozen tasks tell enough. See
+        ``innerloop.diagnose``.
+        """
+        return findings_of(self, tasks, epoch)
 
     def _check_copy(
         self, adapted: nn.Module, theta: Tensors, steps: int, normalisation: Normalisation, inputs: Any
