@@ -30,7 +30,7 @@ from innerloop.network import Normalisation
 from innerloop.tasks import Examples
 from innerloop.training.building import build_learner, build_preprocessing
 from innerloop.training.checkpoints import CheckpointError, load_checkpoint
-from innerloop.training.config import Config, ConfigError, config_to_json
+from innerloop.training.config import ComputeConfig, Config, ConfigError, config_to_json
 from innerloop.training.run_folder import RunFolder
 from innerloop.update_rules import Tensors
 
@@ -192,7 +192,7 @@ class MetaTrained:
         config = replace(
             self.config,
             data=replace(self.config.data, ways=ways),
-            compute=replace(self.config.compute, device="cpu"),
+            compute=ComputeConfig(),  # the run's own is that of the machine it was trained on
         )
         # A stranger's config may ask for more than its checkpoint holds, and than there is of memory: shapes first.
         with torch.random.fork_rng(devices=[]), torch.device("meta"):

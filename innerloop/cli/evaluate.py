@@ -15,7 +15,7 @@ from innerloop.cli.ranks import peeked_timeout, to_be_launched
 from innerloop.cli.tables import print_test
 from innerloop.training.building import build_device, build_learner, build_tasks, build_workers
 from innerloop.training.checkpoints import write_json
-from innerloop.training.config import ConfigError, Positive, Steps, Threads
+from innerloop.training.config import ComputeConfig, ConfigError, Positive, Precision, Steps, Threads
 from innerloop.training.distributed import TIMEOUT_SECONDS, Ranks, joined, launch
 from innerloop.training.environment import environment
 from innerloop.training.evaluation import evaluate_checkpoints
@@ -44,6 +44,8 @@ class EvaluateArguments:
     """CPU threads of each process (0: the cores shared out over the processes)."""
     processes: Threads = 0
     """Processes that tasks are shared out to, on a CPU (0: one for each core that helps)."""
+    precision: Precision = "float32"
+    """Of convolutions, whatever the run was trained in; tf32 (a GPU's) and bf16 are faster and round more."""
     devices: int = 0
     """Ranks on this machine: GPUs where there are any, else CPU processes (0: one, or what torchrun starts)."""
     timeout: float = TIMEOUT_SECONDS
@@ -62,7 +64,7 @@ def _run(arguments: Sequence[str], ranks: Ranks) -> int:
     chosen = parsed(EvaluateArguments, arguments, "innerloop evaluate")
     folder = RunFolder(chosen.run)
     preset, config = ranks.shared(folder.read_config)
-    epochs, damage = ranks.shared(lambda: best_epochs(folder) if folder.started else ([], []))
+    epochs, damage = ranks.shared(lambda: best_epochs(folder))
     if not epochs:
         raise ConfigError(f"{chosen.run} has no finished epoch to test; go on: innerloop train --resume {chosen.run}")
     if to_be_launched(chosen.devices, ranks):
@@ -70,7 +72,14 @@ def _run(arguments: Sequence[str], ranks: Ranks) -> int:
     config = replace(
         config,
         data=replace(config.data, data=chosen.data or config.data.data),
-        compute=replace(config.compute, device=chosen.device, threads=chosen.threads, processes=chosen.processes),
+        # Of the run's own settings only the seed says what the tasks are; the others were its machine's.
+        compute=ComputeConfig(
+            seed=config.compute.seed,
+            device=chosen.device,
+            threads=chosen.threads,
+            processes=chosen.processes,
+            precision=chosen.precision,
+        ),
     )
     progress = Progress(shown=ranks.main and not chosen.json)
     for what in damage if ranks.main else ():
@@ -104,6 +113,7 @@ def _run(arguments: Sequence[str], ranks: Ranks) -> int:
         "steps": steps,
         "epochs": epochs,
         "test": scores,
+        "precision": chosen.precision,
         "environment": measured_on,
     }
     write_json(chosen.run / "evaluation.json", record)

@@ -21,6 +21,7 @@ Threads = Annotated[int, Field(ge=0, le=1024)]
 Steps = Annotated[int, Field(ge=0, le=10_000)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, le=MAX_RATE)]
+Precision = Literal["float32", "tf32", "bf16"]
 
 
 MESSAGE = 2000
@@ -146,7 +147,7 @@ class ComputeConfig:
     """How meta-gradients are computed: reverse and mixed are exact and agree, mixed needs less memory at many steps."""
     stored_steps: Steps = 5
     """Inner steps whose graphs mixed mode keeps; fewer take less memory and, at 0, a fifth more arithmetic."""
-    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    precision: Precision = "float32"
     """Of convolutions; tf32 (a GPU's, and of matrix products too) and bf16 are faster and round more."""
     cuda_graph: bool = True
     """On a GPU, record the meta-gradient as a CUDA graph (not for networks with dropout)."""

@@ -118,8 +118,9 @@ def train(
         WorkerError: a worker process or a rank is gone.
         CheckpointError: no saved state, or none of the best checkpoints, can be read.
         WriteError: the disk is full, say; the last good state is kept.
-        ConfigError: another process is training this run.
+        ConfigError: another process is training this run, or it has been trained and has no state to go on from.
     """
+    ranks.shared(folder.require_state_or_none_yet)
     device = build_device(config, ranks)
     with ranks.first_on_each_machine():
         source = build_tasks(config, device, progress=progress.shown)
@@ -416,7 +417,8 @@ class _Training:
             self.folder.set_aside_damage(state)
             self.folder.keep_metrics_until(self.done.epoch)
             self.folder.tidy()
-            self.folder.note("resumed", f"went on at {at}", checkpoint=state.path.name)
+            compute = {"device": str(self._device), "precision": self.config.compute.precision}
+            self.folder.note("resumed", f"went on at {at}", checkpoint=state.path.name, **compute)
         if state.damage:
             self.warn("damaged", f"{state.damage} ({at})")
 
@@ -482,7 +484,12 @@ def best_epochs(folder: RunFolder) -> tuple[list[int], list[str]]:
 
     Raises:
         CheckpointError: the run's states cannot be read, or none of its best checkpoints.
+        ConfigError: the folder is not a run.
     """
+    if not folder.started:
+        # A run as it is published: its checkpoints say themselves how good they are.
+        good, damage = folder.ranked()
+        return good[: folder.read_config()[1].evaluation.ensemble], [f"{what}. Tested without it" for what in damage]
     state = folder.load_state()
     try:
         best = Progression.from_json(state.values).best
