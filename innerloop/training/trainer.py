@@ -29,6 +29,7 @@ from innerloop.training.environment import environment
 from innerloop.training.evaluation import Evaluation, TestResult, evaluate, evaluate_checkpoints, score
 from innerloop.training.progress import Progress
 from innerloop.training.run_folder import RunFolder
+from innerloop.training.time_left import RunTimeLeft
 from innerloop.training.workers import Workers
 from innerloop.update_rules import Tensors
 
@@ -179,6 +180,11 @@ class _Training:
     """Signals that ask the run to stop."""
     ranks: Ranks
     done: Progression = field(default_factory=Progression)
+    left: RunTimeLeft = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = RunTimeLeft(self.config, first_order=self.learner.mode == "first-order")
+        self.progress.remaining = self.left.total
 
     @property
     def learner(self) -> MetaLearner:
@@ -190,6 +196,7 @@ class _Training:
         if outer.on_divergence == "rollback":
             self._keep_epoch_start()
         last_save = time.monotonic()
+        self.left.plan(self.done.epoch, self.done.sums.iterations)
         with self.progress.task(f"epoch {self.done.epoch + 1}/{outer.epochs}", outer.iterations, started_at) as bar:
             while (before := self.done.sums.iterations) < outer.iterations:
                 started = time.monotonic()
@@ -197,7 +204,9 @@ class _Training:
                 elapsed = time.monotonic() - started
                 self.done.sums.seconds += elapsed
                 self.done.seconds += elapsed
+                self.left.done(self.left.training(self.done.epoch), self.done.sums.iterations - before)
                 bar.advance(self.done.sums.iterations - before, self._status())
+                self.progress.estimate(self.left.words())
                 stop = self.ranks.agreed(self.caught)
                 if stop or time.monotonic() - last_save > SAVE_EVERY_SECONDS:
                     self.save()
@@ -259,9 +268,11 @@ class _Training:
 
     def _validate(self) -> Evaluation:
         tasks = self.config.evaluation.val_tasks
+        self.left.mark()
         with self.progress.task("validation", tasks) as bar:
 
             def tick(done: int) -> None:
+                self.left.done("validation", done)
                 bar.advance(done)
                 if stop := self.ranks.agreed(self.caught):
                     self.save()
@@ -282,9 +293,12 @@ class _Training:
         epochs, damage = self.ranks.shared(lambda: self.folder.usable(best))
         for what in damage:
             self.warn("damaged", f"{what}. Tested without it")
+        self.left.units["test"] = tasks * len(epochs)
+        self.left.mark()
         with self.progress.task("test", tasks * len(epochs)) as bar:
 
             def tick(done: int) -> None:
+                self.left.done("test", done)
                 bar.advance(done)
                 if stop := self.ranks.agreed(self.caught):
                     raise InterruptedRunError(stop)
@@ -299,7 +313,6 @@ class _Training:
         config, done, sums, last = self.config, self.done, self.done.sums, validation.last["batch"]
         iterations = done.epoch * config.outer.iterations + sums.iterations
         updates = sums.updates or math.nan  # an epoch without an update has no mean
-        first_order = self.learner.mode == "first-order"
         return {
             "version": METRICS_VERSION,
             "epoch": done.epoch + 1,
@@ -307,7 +320,7 @@ class _Training:
             "seconds": round(done.seconds, 3),
             "tasks_per_second": round(self._speed(), 2),
             "outer_lr": outer_rate(config, iterations - 1) * done.rate_factor,
-            "derivative_order": 1 if first_order else config.method.derivative_order(done.epoch),
+            "derivative_order": self.left.order(done.epoch),
             "loss_weights": config.method.loss_weights(done.epoch),
             "skipped_updates": sums.skipped,
             "train_loss": sums.loss / updates,
