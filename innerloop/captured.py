@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from innerloop.learner import MetaBatch, MetaBatchResult, MetaLearner, Plan
 from innerloop.meta_gradients import TaskGradient
-from innerloop.tasks import Task, as_task
+from innerloop.tasks import Task, as_meta_batch
 
 WARM_UP = 3
 """Steps taken before one is recorded: libraries choose and set up their kernels in them."""
@@ -63,7 +63,7 @@ class CapturedGradients:
 
     def task_gradients(self, tasks: Task | MetaBatch, epoch: float | None = None) -> TaskGradient:
         """``MetaLearner.task_gradients``."""
-        tasks, plan = as_task(tasks), self.learner.plan(epoch)
+        tasks, plan = as_meta_batch(tasks, self.learner._like), self.learner.plan(epoch)
         given, structure = pytree.tree_flatten(tasks)
         shapes = tuple((t.shape, t.dtype) for t in given)
         key = (structure, shapes, plan.mode, tuple(w != 0 for w in plan.weights))
@@ -83,7 +83,9 @@ class CapturedGradients:
         tasks = pytree.tree_map(torch.clone, tasks)
         like = next(iter(self.learner.meta.adapted.values()))
         # Numbers would be part of the graph; of the weights that MSL moves, only which are zero is.
-        weights: list[Tensor | float] = [like.new_tensor(w) if w else 0.0 for w in plan.weights]
+        weights: list[Tensor | float] = [
+            torch.tensor(w, dtype=like.dtype.to_real(), device=like.device) if w else 0.0 for w in plan.weights
+        ]
         at_fixed_places = Plan(plan.mode, weights)
 
         def compute() -> TaskGradient:

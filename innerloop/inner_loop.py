@@ -129,7 +129,8 @@ class InnerLoop:
         with torch.enable_grad():
             with ClosedForms() if keep_graph else nullcontext():
                 loss, outputs, buffers = self.network.loss({**fixed, **theta}, statistics.at_step(k), examples)
-            values = torch.autograd.grad(loss, list(by.values()), create_graph=keep_graph, materialize_grads=True)
+            with self.network.differentiated({**fixed, **theta}, statistics.at_step(k)):
+                values = torch.autograd.grad(loss, list(by.values()), create_graph=keep_graph, materialize_grads=True)
         gradients = dict(zip(by, values, strict=True))
 
         def second_order(u: Tensors) -> tuple[Tensors, Tensors]:
@@ -139,9 +140,10 @@ class InnerLoop:
                 return {n: torch.zeros_like(t) for n, t in theta.items()}, {
                     n: torch.zeros_like(t) for n, t in fixed.items()
                 }
-            along = torch.autograd.grad(
-                list(varying.values()), list(sources.values()), [u[n] for n in varying], materialize_grads=True
-            )
+            with self.network.differentiated({**fixed, **theta}, statistics.at_step(k)):
+                along = torch.autograd.grad(
+                    list(varying.values()), list(sources.values()), [u[n] for n in varying], materialize_grads=True
+                )
             products = dict(zip(sources, along, strict=True))
             return {n: products[n] for n in theta}, {n: products[n] for n in fixed}
 
@@ -183,7 +185,7 @@ class InnerLoop:
     def update(self, theta: Tensors, state: State, g: Tensors, rates: Tensors, k: int) -> tuple[Tensors, State]:
         """theta^{k+1} and the update rule's new state."""
         stepped = {
-            name: self.rule.step(
+            name: self.rule.stepped(
                 theta[name], state[name], g[name], learning_rates.at_step(rates, name, k, self.lslr), k
             )
             for name in theta
@@ -229,19 +231,20 @@ class InnerLoop:
 
     def trajectory(
         self, meta: MetaParameters, statistics: Statistics, support: Examples, steps: int
-    ) -> Iterator[Tensors]:
-        """theta^0, theta^1, .. theta^steps, as constants.
+    ) -> Iterator[tuple[Tensors, Statistics, Tensor | None]]:
+        """theta^0, theta^1, .. theta^steps, as constants, with the statistics and the support loss that led there.
 
         More steps than were trained go on with the last step's rates, norm weights and statistics.
         """
-        theta, rates = detached(meta.adapted), detached(meta.rates)
+        rates = detached(meta.rates)
+        theta = {n: t.detach().clone() for n, t in meta.adapted.items()}  # the optimiser moves the initialisation
         state = self.rule.initial_state(theta)
-        yield theta
+        yield theta, statistics, None
         for k in range(steps):
             support_gradient = self.gradient(theta, meta.fixed_at_step(k), statistics, k, support)
             statistics = support_gradient.statistics
             theta, state = self.step(theta, state, support_gradient.theta, rates, k)
-            yield theta
+            yield theta, statistics, support_gradient.loss
 
 
 def detached(tensors: Tensors) -> Tensors:

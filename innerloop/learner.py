@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+import math
+import numbers
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import reduce
@@ -13,21 +15,36 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
-from innerloop import learning_rates, per_step
+from innerloop import learning_rates, norm_layers, per_step
+from innerloop.explanations import UnsuitableModelError, check_loss, check_model, explained
 from innerloop.inner_loop import InnerLoop, MetaParameters
 from innerloop.meta_gradients import META_GRADIENTS, GradientMode, LossWeights, TaskGradient
-from innerloop.methods import Method, maml
-from innerloop.network import Loss, Network, Normalisation, evaluating
+from innerloop.methods import Method, maml, whole_number
+from innerloop.model_state import copied, locked
+from innerloop.network import Loss, Network
+from innerloop.norm_layers import Normalisation
 from innerloop.per_step import Statistics
 from innerloop.precision import Precision
-from innerloop.tasks import Examples, Task, as_task, concatenated, meta_batch_size, select_task, stacked
+from innerloop.rehearsal import is_trusted, rehearse
+from innerloop.tasks import (
+    Examples,
+    Task,
+    as_meta_batch,
+    as_support,
+    as_tensors,
+    concatenated,
+    meta_batch_size,
+    select_task,
+    stacked,
+)
 from innerloop.update_rules import UPDATE_RULES, Tensors
 
 MetaBatch = tuple[tuple[Any, Any], tuple[Any, Any]]
 Parallel = Literal["auto", "loop", "vmap"]
+
+_GRAPH_IS_GONE = ("does not require grad", "backward through the graph a second time")
 
 _SMALL_MODEL = 10_000
 """Parameters under which, on a CPU and without convolutions, an operation's overhead costs more than its arithmetic."""
@@ -64,6 +81,19 @@ class MetaBatchResult:
     query_outputs: Any
 
 
+class FastWeights(dict[str, Tensor]):
+    """theta^k: adapted parameters by name.
+
+    Attributes:
+        buffers: of the model, but for norm layers', as the k support passes left them.
+        support_loss: that the step here descended; None of theta^0.
+    """
+
+    def __init__(self, theta: Tensors, buffers: Tensors, support_loss: Tensor | None) -> None:
+        super().__init__(theta)
+        self.buffers, self.support_loss = buffers, support_loss
+
+
 class Plan(NamedTuple):
     """What a meta-gradient is to be, at one time in training.
 
@@ -80,7 +110,10 @@ class MetaLearner:
     """Meta-learns the initialisation of ``model`` (and rates and norm stacks, as the method says).
 
     The model is any ``nn.Module`` and stays as it is: its parameters are the initialisation theta^0, which the outer
-    optimiser moves in place. Frozen parameters (``requires_grad=False``) are neither adapted nor learned.
+    optimiser moves in place. Frozen parameters (``requires_grad=False``) are neither adapted nor learned, and norm
+    layers frozen by ``layer.eval()`` keep their statistics. Whoever changes the model otherwise (another head, another
+    dtype or device, other parameters frozen) makes a new learner; the old one says so. Threads that use one learner
+    wait for each other.
 
     >>> learner = MetaLearner(model, F.cross_entropy, maml_plus_plus())            # doctest: +SKIP
     >>> optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3)                # doctest: +SKIP
@@ -104,7 +137,9 @@ class MetaLearner:
             overhead is what costs, and loop for others and for models that cannot be vmapped (``nn.LSTM``).
 
     Raises:
-        ValueError: no trainable parameter matches the method's patterns, or the mode is unknown.
+        ValueError: no trainable parameter matches the method's patterns, the mode is unknown, or the model's parameters
+            have no shapes yet.
+        TypeError: an argument is of the wrong kind.
     """
 
     def __init__(
@@ -119,13 +154,17 @@ class MetaLearner:
     ) -> None:
         if precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}; got {precision!r}")
-        if stored_steps < 0:
-            raise ValueError(f"stored_steps must be 0 or more, got {stored_steps}")
+        check_model(model)
+        check_loss(loss, model)
+        if method is not None and not isinstance(method, Method):
+            called = f": call it, {method.__name__}()" if callable(method) and hasattr(method, "__name__") else ""
+            raise TypeError(f"the method must be a Method, such as innerloop.maml(), got {method!r:.80}{called}")
+        stored_steps = whole_number("stored_steps", stored_steps, least=0)
         if parallel not in get_args(Parallel):
             raise ValueError(f"parallel must be one of {', '.join(get_args(Parallel))}; got {parallel!r}")
         if mode != "auto" and mode not in META_GRADIENTS:
             raise ValueError(f"mode must be one of auto, {', '.join(META_GRADIENTS)}; got {mode!r}")
-        self.model = model
+        self._model = model
         self.method = method = method if method is not None else maml()
         self.mode: Literal["auto"] | GradientMode = mode
         self.loop = InnerLoop(
@@ -133,11 +172,46 @@ class MetaLearner:
         )
         self.meta = _meta_parameters(model, method)
         self.statistics = _statistics(model, method)
+        # Made now, to know later what has changed. Of these tensors there are copies, for every inner step.
+        network = self.loop.network
+        frozen = {
+            f"{layer}.{n}".lstrip(".")
+            for layer in network.modes.seen()
+            for n, _ in model.get_submodule(layer).named_buffers()
+        }
+        self._copied = frozenset({*self.meta.per_step, *(self.statistics.per_step.keys() & frozen)})
+        network.state.check()
+        self._rehearsed: set[str] = set()
         self.parallel: Parallel = parallel
         on_cpu = all(p.device.type == "cpu" for p in self.meta.adapted.values())
         convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
         small = sum(p.numel() for p in model.parameters()) < _SMALL_MODEL and not convolutional
         self._vmap = parallel == "vmap" or (parallel == "auto" and (small or not on_cpu))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what would be read in part: a learner is made of its arguments once."""
+        if name in ("method", "mode", "parallel") and hasattr(self, name):
+            raise AttributeError(
+                f"{name} of a MetaLearner cannot be changed: make a new one, MetaLearner(..., {name}=)"
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is meta-learned."""
+        return self._model
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """One thread at a time, with autograd as it must be, on the model that the learner was made with.
+
+        Raises:
+            ModelChangedError: it is another one by now.
+        """
+        # Gradients are taken also where the caller has switched autograd off.
+        with locked(self._model), torch.inference_mode(False), explained(self._model):
+            self.loop.network.state.check(self._copied)
+            yield
 
     def parameters(self) -> Iterator[Tensor]:
         """All learned meta-parameters, for the outer optimiser."""
@@ -156,7 +230,8 @@ class MetaLearner:
 
     def state_dict(self) -> Tensors:
         """Every tensor that is learned or kept, by name: what ``load_state_dict`` takes, and safetensors saves."""
-        return {name: t.detach() for name, t in self._state()}
+        with self._in_use():
+            return {name: t.detach() for name, t in self._state()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a state, in place.
@@ -164,49 +239,78 @@ class MetaLearner:
         Raises:
             ValueError: names or shapes do not fit this model and method.
         """
-        own = dict(self._state())
-        if own.keys() != state.keys():
-            raise ValueError(
-                "the state does not fit this model and method: missing "
-                f"{sorted(own.keys() - state.keys())}, unexpected {sorted(state.keys() - own.keys())}"
-            )
-        for name, tensor in own.items():
-            if tensor.shape != state[name].shape:
+        with self._in_use():
+            own = dict(self._state())
+            if own.keys() != state.keys():
                 raise ValueError(
-                    f"{name} has shape {tuple(state[name].shape)} in the state and {tuple(tensor.shape)} here"
+                    "the state does not fit this model and method: missing "
+                    f"{sorted(own.keys() - state.keys())}, unexpected {sorted(state.keys() - own.keys())}"
                 )
-        with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(state[name])
+                if tensor.shape != state[name].shape:
+                    raise ValueError(
+                        f"{name} has shape {tuple(state[name].shape)} in the state and {tuple(tensor.shape)} here"
+                    )
+            with torch.no_grad():
+                for name, tensor in own.items():
+                    tensor.copy_(state[name])
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.named_parameters()
         yield from ((f"statistics/{n}", t) for n, t in self.statistics.shared.items())
         yield from ((f"per_step_statistics/{n}", t) for n, t in self.statistics.per_step.items())
 
-    def backward(self, tasks: Task | MetaBatch, epoch: float | None = None) -> MetaBatchResult:
+    def backward(
+        self,
+        tasks: Task | MetaBatch,
+        epoch: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> MetaBatchResult:
         """Add the meta-gradient of the mean task loss to ``.grad`` of every learned meta-parameter.
 
         Looped over, tasks come one after the other and memory does not grow with their number. Running statistics
         become the mean over tasks of what each task left behind.
 
         Args:
-            tasks: a meta-batch, ``((inputs, targets), (inputs, targets))`` of support and query, tensors ``[T, ...]``.
+            tasks: a meta-batch, ``((inputs, targets), (inputs, targets))`` of support and query, tensors
+                ``[T, n, ...]`` of T tasks with n examples. NumPy arrays and lists of numbers become tensors of the
+                model's type; a number, string or None is the same for all tasks.
             epoch: where training is, for methods with schedules (MSL, DA), which need it.
+            scaler: scale the query losses by its scale, so that ``scaler.step`` and ``scaler.update`` take it from
+                there, as after ``scaler.scale(loss).backward()``.
 
         Raises:
             NonFiniteLossError: a loss was NaN or infinite; no gradient was added.
-            TypeError: the loss was not a scalar.
+            TypeError: the loss was not a scalar, or the tasks hold something that is none of the above.
             ValueError: the method needs the epoch, or ``tasks`` is not a meta-batch.
+            ModelChangedError: the model has other parameters than when the learner was made.
+            UnsuitableModelError: the model has no second derivative, or is compiled.
         """
-        return self.accumulate([self.task_gradients(tasks, epoch)], epoch)
+        with self._in_use():
+            if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+                raise TypeError(f"scaler must be a torch.amp.GradScaler, got {scaler!r:.80}")
+            scale = None if scaler is None else scaler.scale(torch.ones((), device=self._like.device))
+            return self.accumulate([self.task_gradients(tasks, epoch, scale)], epoch)
 
-    def task_gradients(self, tasks: Task | MetaBatch, epoch: float | None = None) -> TaskGradient:
+    def task_gradients(
+        self, tasks: Task | MetaBatch, epoch: float | None = None, scale: Tensor | None = None
+    ) -> TaskGradient:
         """Gradients and losses of a meta-batch, changing nothing: the gradient summed over tasks, all else stacked.
 
         ``accumulate`` takes it from there, so that the tasks of a meta-batch can be shared out over processes.
+        ``scale`` is of the gradients alone.
         """
-        return self.planned_gradients(as_task(tasks), self.plan(epoch))
+        mode, weights = self.plan(epoch)
+        if scale is None:
+            return self.planned_gradients(as_meta_batch(tasks, self._like), Plan(mode, weights))
+        scaled = Plan(mode, [w and w * scale for w in weights])
+        result = self.planned_gradients(as_meta_batch(tasks, self._like), scaled)
+        return result._replace(loss=result.loss / scale)
+
+    @property
+    def _like(self) -> Tensor:
+        """A tensor of the model's type and device."""
+        return next(iter(self.meta.adapted.values()))
 
     def plan(self, epoch: float | None = None) -> Plan:
         """What is to be computed at an epoch.
@@ -216,18 +320,27 @@ class MetaLearner:
         """
         if epoch is None and self.method.needs_epoch:
             raise ValueError("this method has MSL or DA, whose schedules need the epoch: backward(tasks, epoch)")
+        number = isinstance(epoch, numbers.Real) and not isinstance(epoch, bool)
+        if epoch is not None and not (number and 0 <= epoch < math.inf):
+            raise ValueError(f"the epoch must be a number of at least 0, got {epoch!r:.80}")
         second_order = self.method.derivative_order(epoch or 0) == 2
         mode: GradientMode = self.mode if self.mode != "auto" else self._chosen_mode()
         return Plan(mode if second_order else "first-order", self.method.loss_weights(epoch or 0))
 
     def _chosen_mode(self) -> GradientMode:
         """Reverse where mixed mode would store every graph too: the same memory, and less to do one by one."""
-        return "mixed" if self._vmap or self.method.inner_steps > self.loop.stored_steps else "reverse"
+        many = self.method.inner_steps > self.loop.stored_steps
+        return "mixed" if self._vmap or many or self.loop.network.recomputes else "reverse"
 
     def planned_gradients(self, tasks: Task, plan: Plan) -> TaskGradient:
         """``task_gradients`` as a plan has it."""
-        size = meta_batch_size(tasks)
-        return self._vmapped(tasks, size, plan) or self._looped(tasks, size, plan)
+        with self._in_use():
+            self.loop.network.modes.seen(training=True)
+            size = meta_batch_size(tasks)
+            second_order = plan.mode != "first-order"
+            what = "second-order" if second_order else "first-order"
+            self._rehearse(what, select_task(tasks, 0).support, second_order)
+            return self._vmapped(tasks, size, plan) or self._looped(tasks, size, plan)
 
     @property
     def vmapped(self) -> bool:
@@ -244,14 +357,15 @@ class MetaLearner:
         outcome = MetaBatchResult(result.loss.mean(), result.support_losses, result.query_losses, result.query_outputs)
         _check_finite(outcome, self.method.loss_weights(epoch or 0))
         size = len(result.loss)
-        for group, parameters in self.meta._asdict().items():
-            for name in getattr(parts[0].gradient, group):
-                parameter = parameters[name]
-                if not parameter.requires_grad:  # zero_init: adapted, and not learned
-                    continue
-                gradient = reduce(torch.add, [getattr(p.gradient, group)[name] for p in parts]).detach() / size
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        self.statistics.assign_mean(result.statistics)
+        with self._in_use():
+            for group, parameters in self.meta._asdict().items():
+                for name in getattr(parts[0].gradient, group):
+                    parameter = parameters[name]
+                    if not parameter.requires_grad:  # zero_init: adapted, and not learned
+                        continue
+                    gradient = reduce(torch.add, [getattr(p.gradient, group)[name] for p in parts]).detach() / size
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            self.statistics.assign_mean(result.statistics)
         return outcome
 
     def _looped(self, tasks: Task, size: int, plan: Plan) -> TaskGradient:
@@ -268,50 +382,80 @@ class MetaLearner:
 
     def _vmapped(self, tasks: Task, size: int, plan: Plan) -> TaskGradient | None:
         """All tasks at once; None where tasks are to be looped over."""
-        if not self._vmap or plan.mode == "reverse":
+        if not self._vmap or plan.mode == "reverse" or self.loop.network.recomputes:
             return None
         loop = replace(self.loop, functional=True)
+        leaves, structure = pytree.tree_flatten(tasks)
+        varying = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
 
-        def task_gradient(statistics: Statistics, task: Task) -> TaskGradient:
+        def task_gradient(statistics: Statistics, own: Tensors) -> TaskGradient:
+            task = pytree.tree_unflatten([own.get(str(i), leaf) for i, leaf in enumerate(leaves)], structure)
             return META_GRADIENTS[plan.mode](loop, self.meta, statistics, task, plan.weights)
 
         try:
-            result = vmap(task_gradient, randomness="different")(self.statistics.expanded(size), tasks)
-        except RuntimeError as error:
+            result = vmap(task_gradient, randomness="different")(self.statistics.expanded(size), varying)
+        except Exception as error:
             if self.parallel == "vmap" or isinstance(error, torch.OutOfMemoryError):
                 raise
+            looped = self._looped(tasks, size, plan)  # which raises what has nothing to do with vmap
             warnings.warn(
                 f"{type(self.model).__name__} cannot be vmapped, so tasks are worked through one by one. ({error})",
-                stacklevel=4,
+                stacklevel=5,
             )
             self._vmap = False
-            return None
+            return looped
         return result._replace(gradient=pytree.tree_map(lambda t: t.sum(0), result.gradient))
 
-    def trajectory(self, support: Examples | tuple[Any, Any], steps: int | None = None) -> Iterator[Tensors]:
+    def trajectory(self, support: Examples | tuple[Any, Any], steps: int | None = None) -> Iterator[FastWeights]:
         """theta^0 .. theta^steps on a support set, in evaluation mode; ``predict`` calls the model with one of them.
 
-        Support sets are always normalised with their own batch's statistics, as in training. ``steps`` defaults to
-        those of training; more go on with the last step's rates, norm weights and statistics.
+        Support sets are always normalised with their own batch's statistics, as in training; frozen norm layers keep
+        theirs. ``steps`` defaults to those of training; more go on with the last step's rates, norm weights and
+        statistics.
         """
-        # The inner loop takes gradients, also where the caller has switched autograd off.
-        with torch.inference_mode(False):
-            support = pytree.tree_map_only(torch.Tensor, lambda t: t.clone() if t.is_inference() else t, support)
-        walk = self.loop.trajectory(self.meta, self.statistics, Examples(*support), self._steps(steps))
+        return self._trajectory(as_support(support, self._like), self._steps(steps))
+
+    def _trajectory(self, support: Examples, steps: int) -> Iterator[FastWeights]:
+        modes, of_norm = self.loop.network.modes, norm_layers.norm_buffer_names(self.model)
+        walk = self.loop.trajectory(self.meta, self.statistics, support, steps)
         while True:
-            # The modes are set for one step at a time: the caller may use the model in between.
-            with torch.inference_mode(False), evaluating(self.model, "batch"):
-                theta = next(walk, None)
-            if theta is None:
+            # The model is taken for one step at a time: the caller may use it in between.
+            with self._in_use():
+                if "adapting" not in self._rehearsed:
+                    try:
+                        with modes.adapting():
+                            self._rehearse("adapting", support)
+                    except RuntimeError as error:
+                        if not any(sign in str(error) for sign in _GRAPH_IS_GONE):
+                            raise
+                        modes.inner_loop_trains = True
+                with modes.adapting():
+                    here = next(walk, None)
+            if here is None:
                 return
-            yield theta
+            theta, statistics, loss = here
+            kept = {n: b for n, b in statistics.shared.items() if n not in of_norm}
+            yield FastWeights(theta, kept, loss)
+
+    def _rehearse(self, what: str, examples: Examples, second_order: bool = False) -> None:
+        """See once that the model and the loss are what an inner loop takes them for."""
+        network = self.loop.network
+        if what in self._rehearsed:
+            return
+        if not is_trusted(network):
+            parameters = {**self.meta.adapted, **self.meta.fixed_at_step(0)}
+            buffers = self.statistics.at_step(0)
+            rehearse(network, parameters, buffers, examples, second_order=second_order)
+            if network.recomputes and self.mode == "reverse":
+                raise UnsuitableModelError(
+                    "the model computes parts of itself again while a gradient is taken (activation checkpointing), "
+                    "which needs each inner step's own weights then: take mode='mixed', or switch checkpointing off"
+                )
+        self._rehearsed.add(what)
 
     def _steps(self, steps: int | None) -> int:
-        if steps is not None and steps < 0:
-            raise ValueError(f"steps must be 0 or more, got {steps}")
-        return self.method.inner_steps if steps is None else steps
+        return self.method.inner_steps if steps is None else whole_number("steps", steps, least=0)
 
-    @torch.no_grad()
     def predict(
         self,
         fast_weights: Tensors,
@@ -329,25 +473,34 @@ class MetaLearner:
         Raises:
             ValueError: normalisation by the support set, without one.
         """
-        tensors, buffers = self._tensors_at(fast_weights, inner_step)
-        if normalisation == "support":
-            if support is None:
-                raise ValueError('normalisation="support" needs the inputs of the support set: predict(..., support=)')
-            buffers = self._support_statistics(tensors, buffers, support)
-        with evaluating(self.model, normalisation):
-            return self.loop.network.outputs(tensors, buffers, inputs)
+        inner_step = whole_number("inner_step", inner_step, least=0)
+        check_normalisation(normalisation)
+        if normalisation == "support" and support is None:
+            raise ValueError('normalisation="support" needs the inputs of the support set: predict(..., support=)')
+        support = support.inputs if isinstance(support, Examples) else support
+        with self._in_use():
+            _check_fast_weights(fast_weights, self.meta.adapted)
+            tensors, buffers = self._tensors_at(fast_weights, inner_step)
+            if normalisation == "support":
+                self._keep_statistics(tensors, buffers, as_tensors(support, self._like))
+            with self.loop.network.modes.evaluating(normalisation):
+                return self.loop.network.answers(tensors, buffers, as_tensors(inputs, self._like))
 
     def _tensors_at(self, fast_weights: Tensors, inner_step: int) -> tuple[Tensors, Tensors]:
-        """Parameters and buffers (copies) to call the model with at theta^k; norm layers have those of step k - 1."""
+        """Parameters and buffers (copies) to call the model with at theta^k; norm layers have those of step k - 1.
+
+        Other buffers are as the inner loop left them.
+        """
         last = max(inner_step - 1, 0)
-        buffers = {n: b.clone() for n, b in self.statistics.at_step(last).items()}
+        kept = fast_weights.buffers if isinstance(fast_weights, FastWeights) else {}
+        buffers = {n: b.clone() for n, b in {**self.statistics.at_step(last), **kept}.items()}
         return {**fast_weights, **self.meta.fixed_at_step(last)}, buffers
 
-    def _support_statistics(self, parameters: Tensors, buffers: Tensors, support: Any) -> Tensors:
-        """The buffers as a pass over the support set's inputs leaves them, its statistics in the norm layers'."""
-        with evaluating(self.model, "batch"), per_step.whole_batch_statistics(self.model):
-            self.loop.network.outputs(parameters, buffers, support)
-        return buffers
+    def _keep_statistics(self, parameters: Tensors, buffers: Tensors, support: Any) -> None:
+        """Leave in ``buffers`` what a pass over the support set makes of them: in norm layers, its statistics."""
+        network = self.loop.network
+        with network.modes.evaluating("batch"), norm_layers.whole_batch_statistics(self.model):
+            network.answers(parameters, buffers, support)
 
     def adapt(
         self,
@@ -358,31 +511,90 @@ class MetaLearner:
         """A copy of the model, adapted to a support set: an ordinary ``nn.Module`` in evaluation mode.
 
         Args:
-            support: inputs and targets, without a task dimension.
+            support: inputs and targets, without a task dimension. NumPy arrays and lists of numbers become tensors of
+                the model's type.
             steps: inner steps, by default those of training. Beyond them the last step's rates, norm weights and
                 statistics go on being used.
             normalisation: ``"batch"``: norm layers use the statistics of whatever batch they are given, also in
                 evaluation mode; ``"running"``: the meta-trained running statistics; ``"support"``: those of the
-                support set. With either of the last two an input's output is its own.
+                support set. With either of the last two an input's output is its own. Frozen norm layers keep theirs.
+
+        The state dict has the keys of the model's own class. A model of that class that loads it gives, in evaluation
+        mode, the same outputs, but after ``"batch"``: no state dict says that a layer is to use its batch's statistics.
+        It holds those of the support set then, as after ``"support"``.
+
+        Raises:
+            ValueError: an unknown normalisation, a negative number of steps, or ``support`` is no support set.
+            NonFiniteLossError: the support loss was NaN or infinite.
+            TypeError: something on the model cannot be copied.
         """
         steps = self._steps(steps)
-        *_, theta = self.trajectory(support, steps)
-        adapted = copy.deepcopy(self.model)
-        with torch.no_grad():
+        check_normalisation(normalisation)
+        support = as_support(support, self._like)
+        with self._in_use():
+            walk = list(self._trajectory(support, steps))
+            theta = walk[-1]
+            for k, weights in enumerate(walk[1:], start=1):
+                if weights.support_loss is not None and not weights.support_loss.isfinite():
+                    raise NonFiniteLossError("support", 0, k, float(weights.support_loss))
+            adapted = copied(self.model)
             tensors, buffers = self._tensors_at(theta, steps)
-            if normalisation == "support":
-                buffers = self._support_statistics(tensors, buffers, support[0])
+            frozen = self.loop.network.modes.seen()
+            by_support = normalisation == "support" or (
+                normalisation == "batch" and norm_layers.can_keep_a_batch(self.model, frozen)
+            )
+            if by_support:
+                self._keep_statistics(tensors, buffers, support.inputs)
             own = {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}
-            for name, value in {**tensors, **buffers}.items():
-                own[name].copy_(value)
+            with torch.no_grad():
+                for name, value in {**tensors, **buffers}.items():
+                    own[name].copy_(value)
         for p in adapted.parameters():
             p.grad = None
+        adapted.eval()
         if normalisation == "batch":
-            for _, layer in per_step.norm_layers(adapted):
-                if isinstance(layer, _NormBase):
-                    layer.track_running_stats = False
-                    layer.running_mean = layer.running_var = layer.num_batches_tracked = None
-        return adapted.eval()
+            norm_layers.use_batch_statistics(adapted, frozen)
+        if "copying" not in self._rehearsed and not is_trusted(self.loop.network):
+            self._check_copy(adapted, theta, steps, normalisation, support.inputs)
+            self._rehearsed.add("copying")
+        return adapted
+
+    def _check_copy(
+        self, adapted: nn.Module, theta: Tensors, steps: int, normalisation: Normalisation, inputs: Any
+    ) -> None:
+        """Raise if a copy of the model does not answer as the model does with the same tensors."""
+        expected = self.predict(theta, steps, inputs, normalisation, inputs)
+        trial = Network(adapted, self.loop.network.loss_function, self.loop.network.precision)
+        buffers = {n: b.clone() for n, b in adapted.named_buffers()}
+        with torch.inference_mode(False):
+            found = trial.answers(dict(adapted.named_parameters()), buffers, inputs)
+        for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
+            if isinstance(a, Tensor) and not torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True):
+                raise TypeError(
+                    f"an adapted model is a copy, and a copy of {type(self.model).__name__} gives other answers: it "
+                    "keeps a function (a lambda, a hook, a compiled method) that calls the original's layers. Make it "
+                    "a method"
+                )
+
+
+def _check_fast_weights(given: Any, adapted: Tensors) -> None:
+    """Raise ``ValueError`` for what no ``trajectory`` of the learner yielded."""
+    expected = "fast_weights are what learner.trajectory yields, tensors by the names of the adapted parameters"
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{expected}; got a {type(given).__name__}")
+    if given.keys() != adapted.keys():
+        missing, unknown = sorted(adapted.keys() - given.keys()), sorted(map(str, given.keys() - adapted.keys()))
+        raise ValueError(f"{expected}; missing {missing}, unknown {unknown}")
+    for name, tensor in given.items():
+        if tensor.shape != adapted[name].shape:
+            raise ValueError(f"{expected}; {name} has shape {list(tensor.shape)}, expected {list(adapted[name].shape)}")
+
+
+def check_normalisation(normalisation: str) -> None:
+    """Raise ``ValueError`` for what is none."""
+    if normalisation not in get_args(Normalisation):
+        known = ", ".join(get_args(Normalisation))
+        raise ValueError(f"normalisation must be one of {known}; got {normalisation!r:.80}")
 
 
 def _without_gradient(result: TaskGradient) -> TaskGradient:
@@ -404,7 +616,10 @@ def _check_finite(outcome: MetaBatchResult, weights: list[float]) -> None:
 def _meta_parameters(model: nn.Module, method: Method) -> MetaParameters:
     """Sort the model's trainable parameters into adapted, shared and per-step ones, and make the rates."""
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    norm = per_step.norm_parameter_names(model) & trainable.keys() if method.bnwb else set()
+    if not trainable:
+        why = "all of its parameters are frozen" if any(True for _ in model.parameters()) else "it has no parameters"
+        raise ValueError(f"no trainable parameter in {type(model).__name__}: {why}")
+    norm = norm_layers.norm_parameter_names(model) & trainable.keys() if method.bnwb else set()
     for pattern in (*method.adapt, *method.adapt_except, *method.zero_init):
         if not any(fnmatchcase(name, pattern) for name in trainable):
             raise ValueError(
@@ -422,6 +637,9 @@ def _meta_parameters(model: nn.Module, method: Method) -> MetaParameters:
             f"nothing is left to adapt: of {', '.join(trainable)} none matches adapt={method.adapt} "
             f"without adapt_except={method.adapt_except}" + (" and the norm layers (BNWB)" if norm else "")
         )
+    for pattern in method.zero_init:
+        if not any(fnmatchcase(n, pattern) for n in adapted):
+            raise ValueError(f"zero_init {pattern!r} matches no adapted parameter; adapted are {', '.join(adapted)}")
     if method.lslr:
         rates = learning_rates.per_layer_per_step(adapted, method.inner_lr, method.inner_steps)
     elif method.meta_sgd:
@@ -442,7 +660,7 @@ def _meta_parameters(model: nn.Module, method: Method) -> MetaParameters:
 def _statistics(model: nn.Module, method: Method) -> Statistics:
     """The model's own buffers, those of the norm layers as stacks under BNRS."""
     buffers = dict(model.named_buffers())
-    norm = per_step.norm_buffer_names(model) & buffers.keys() if method.bnrs else set()
+    norm = norm_layers.norm_buffer_names(model) & buffers.keys() if method.bnrs else set()
     return Statistics(
         {n: b for n, b in buffers.items() if n not in norm},
         per_step.stack({n: buffers[n] for n in sorted(norm)}, method.inner_steps),

@@ -28,7 +28,8 @@ from torch.utils import _pytree as pytree
 
 from innerloop.closed_forms import ClosedForms
 from innerloop.inner_loop import InnerLoop, MetaParameters, SecondOrder, State, detached
-from innerloop.network import random_state, replayed_randomness
+from innerloop.model_state import Randomness
+from innerloop.network import replayed_randomness
 from innerloop.per_step import Statistics
 from innerloop.tasks import Task
 from innerloop.update_rules import Tensors
@@ -68,7 +69,7 @@ def reverse(
     # Parameters that start from zero are adapted and not learned: theta^0 takes part in the graph all the same.
     meta = meta._replace(adapted={n: t.requires_grad_() for n, t in meta.adapted.items()})
     theta, state = meta.adapted, loop.rule.initial_state(meta.adapted)
-    total: Tensor = next(iter(theta.values())).new_zeros(())
+    total = _zero(theta)
     record = _Record()
     for k, weight in enumerate(weights):
         psi = meta.fixed_at_step(k)
@@ -123,7 +124,7 @@ class _Step:
     g: Tensors
     """Empty where the step is computed again."""
     statistics: Statistics
-    randomness: list[Tensor]
+    randomness: Randomness | None
     second_order: SecondOrder | None
     query_theta: Tensors
     query_psi: Tensors
@@ -142,7 +143,7 @@ def _adjoint_walk(
     state = loop.rule.initial_state(theta)
     rates = detached(meta.rates)
     device = _device(theta)
-    total = next(iter(theta.values())).new_zeros(())
+    total = _zero(theta)
     record = _Record()
 
     steps: list[_Step] = []
@@ -151,7 +152,7 @@ def _adjoint_walk(
         before = statistics
         stored = second_order and k >= len(weights) - loop.stored_steps
         # Asking for the generator's state waits for a GPU, which a CUDA graph may not.
-        randomness = random_state(device) if second_order and not stored else []
+        randomness = Randomness.now(device) if second_order and not stored else None
         support = loop.gradient(theta, psi, statistics, k, task.support, keep_graph=stored)
         statistics = support.statistics
         g = support.theta if stored or not second_order else {}
@@ -174,6 +175,7 @@ def _adjoint_walk(
         step = steps.pop()
         adjoint = _sum(adjoint, step.query_theta)
         if second_order and step.second_order is None:
+            assert step.randomness is not None
             with replayed_randomness(step.randomness, device):  # the same dropout masks
                 psi = meta.fixed_at_step(k)
                 again = loop.gradient(step.theta, psi, step.statistics, k, task.support, keep_graph=True)
@@ -198,6 +200,12 @@ def _adjoint_walk(
         for n, stack in meta.per_step.items()
     }
     return record.result(total, MetaParameters(adjoint, shared, stacks, rate_gradient), statistics)
+
+
+def _zero(tensors: Tensors) -> Tensor:
+    """A loss of nothing: real, also of complex parameters."""
+    like = next(iter(tensors.values()))
+    return torch.zeros((), dtype=like.dtype.to_real(), device=like.device)
 
 
 def _device(tensors: Tensors) -> torch.device:

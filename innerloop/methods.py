@@ -13,8 +13,11 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from innerloop import schedules
@@ -22,6 +25,49 @@ from innerloop.update_rules import UPDATE_RULES, InnerRule
 
 MAX_RATE = 1e38
 """What a float32 still holds."""
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """``value`` as an int of at least ``least``.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it is smaller.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value!r:.80}")
+    if number < least:
+        raise ValueError(f"{name} must be {least} or more, got {number}")
+    return number
+
+
+def _checked(name: str, value: Any, default: Any) -> Any:
+    """A field's value, if it is of the kind of its default."""
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is a switch, True or False; got {value!r:.80}")
+        return value
+    if isinstance(default, int):
+        return whole_number(name, value, least=-sys.maxsize)
+    if isinstance(default, float):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {value!r:.80}")
+        return float(value)
+    if isinstance(default, tuple):
+        if isinstance(value, str):
+            raise ValueError(f"{name} is a tuple of patterns: write ({value!r},)")
+        if not isinstance(value, tuple | list) or not all(isinstance(pattern, str) for pattern in value):
+            raise TypeError(
+                f"{name} is a tuple of patterns over the parameters' names, such as ('head.*',); got {value!r:.80}"
+            )
+        return tuple(value)
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a name, got {value!r:.80}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -63,25 +109,26 @@ class Method:
     """CA: cosine annealing of the outer rate (done by who runs the outer optimiser, see ``schedules.cosine_rate``)."""
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` for values that do not make a method."""
+        """Raise ``TypeError`` for values of the wrong kind, ``ValueError`` for such as do not make a method."""
+        # Fields of a frozen dataclass are set so. Whole numbers of NumPy and lists of patterns are taken.
+        for field in fields(self):
+            value = getattr(self, field.name)
+            object.__setattr__(self, field.name, _checked(field.name, value, field.default))
         for name in ("inner_steps", "msl_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.da_epochs < 0:
+            raise ValueError(f"da_epochs must be at least 0, got {self.da_epochs}")
         if self.inner_steps > 10_000:
             raise ValueError(
                 f"inner_steps must be at most 10000, got {self.inner_steps}: learned rates are kept for each"
             )
         if not abs(self.inner_lr) <= MAX_RATE:
             raise ValueError(f"inner_lr must be a number of at most {MAX_RATE:g}, got {self.inner_lr}")
-        if self.da_epochs < 0:
-            raise ValueError(f"da_epochs must be at least 0, got {self.da_epochs}")
         if self.inner_rule not in UPDATE_RULES:
             raise ValueError(f"inner_rule must be one of {', '.join(UPDATE_RULES)}, got {self.inner_rule!r}")
         if self.lslr and self.meta_sgd:
             raise ValueError("lslr and meta_sgd both learn the inner rates: switch one of them off")
-        for name in ("adapt", "adapt_except", "zero_init"):
-            if isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} is a tuple of patterns: write ({getattr(self, name)!r},)")
 
     @property
     def needs_epoch(self) -> bool:

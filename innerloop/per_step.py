@@ -1,57 +1,17 @@
 """BNRS and BNWB: a stack ``[K, ...]`` of every parameter and buffer of the normalisation layers.
 
 The user's model is left as it is. At inner step k it is called with entry k of each stack in the place of the
-layer's own tensor, by ``torch.func.functional_call``, so that any network with ordinary norm layers can have
-per-step batch normalisation (MAML++, section 4).
+layer's own tensor, so that any network with ordinary norm layers can have per-step batch normalisation (MAML++,
+section 4).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-
-NORM_LAYERS: tuple[type[nn.Module], ...] = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-"""Batch and instance normalisation of any dimension, layer, group and RMS normalisation, and their subclasses."""
-
-
-def norm_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every normalisation layer."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, NORM_LAYERS))
-
-
-def norm_parameter_names(model: nn.Module) -> set[str]:
-    """Names of the weights and biases (gamma, beta) of the normalisation layers."""
-    return {
-        f"{layer}.{name}".lstrip(".")
-        for layer, m in norm_layers(model)
-        for name, _ in m.named_parameters(recurse=False)
-    }
-
-
-def norm_buffer_names(model: nn.Module) -> set[str]:
-    """Names of the running statistics of the normalisation layers."""
-    return {
-        f"{layer}.{name}".lstrip(".") for layer, m in norm_layers(model) for name, _ in m.named_buffers(recurse=False)
-    }
-
-
-@contextmanager
-def whole_batch_statistics(model: nn.Module) -> Iterator[None]:
-    """In this block a call leaves its own batch's statistics in the norm layers' buffers, nothing of those before."""
-    layers = [m for _, m in norm_layers(model) if isinstance(m, _NormBase)]
-    momenta = [m.momentum for m in layers]
-    for layer in layers:
-        layer.momentum = 1.0
-    try:
-        yield
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
+from torch import Tensor
 
 
 def stack(tensors: Mapping[str, Tensor], inner_steps: int) -> dict[str, Tensor]:
@@ -114,5 +74,5 @@ class Statistics(NamedTuple):
             for name, value in own.items():
                 left = copies[name]
                 alike = (left == left[0]).all(0)
-                merged = left.mean(0) if value.is_floating_point() else left.amax(0)
+                merged = left.mean(0) if value.is_floating_point() or value.is_complex() else left.amax(0)
                 value.copy_(torch.where(alike, left[0], merged))

@@ -34,4 +34,24 @@ class Bfloat16Convolutions(TorchFunctionMode):
         return result.to(precision)
 
 
+class MixedBatchNorm(TorchFunctionMode):
+    """Within it, norm layers take inputs of a lower precision than their statistics, as ``torch.autocast`` makes them.
+
+    PyTorch's do by themselves, but not under ``vmap``.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Divert normalisation."""
+        if func not in _NORMS or args[0].dtype not in (torch.bfloat16, torch.float16):
+            return func(*args, **(kwargs or {}))
+        others = [*args[1:], *(kwargs or {}).values()]
+        if all(t.dtype == args[0].dtype for t in others if isinstance(t, Tensor)):
+            return func(*args, **(kwargs or {}))
+        result: Tensor = func(args[0].float(), *args[1:], **(kwargs or {}))
+        return result.to(args[0].dtype)
+
+
+_NORMS: tuple[Callable[..., Any], ...] = (F.batch_norm, F.instance_norm, F.layer_norm, F.group_norm)
 _CONVOLUTIONS: tuple[Callable[..., Any], ...] = (F.conv1d, F.conv2d, F.conv3d)

@@ -32,6 +32,17 @@ class UpdateRule:
         """The rule's state before the first inner step: zeros shaped like each parameter."""
         return {name: tuple(torch.zeros_like(t) for _ in range(self.slots)) for name, t in theta.items()}
 
+    def stepped(
+        self, theta: Tensor, slots: tuple[Tensor, ...], g: Tensor, alpha: Tensor, k: int
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """``step``, of a complex parameter as of its real and its imaginary part (as ``torch.optim`` has it)."""
+        if not theta.is_complex():
+            return self.step(theta, slots, g, alpha, k)
+        parts = tuple(map(torch.view_as_real, slots))
+        alpha = alpha.unsqueeze(-1) if alpha.ndim else alpha
+        moved, parts = self.step(torch.view_as_real(theta), parts, torch.view_as_real(g.resolve_conj()), alpha, k)
+        return torch.view_as_complex(moved), tuple(map(torch.view_as_complex, parts))
+
 
 def _sgd(
     theta: Tensor, slots: tuple[Tensor, ...], g: Tensor, alpha: Tensor, k: int

@@ -32,17 +32,19 @@ class Measurement:
         memory: peak resident memory of its processes together, above what they held with the libraries imported, in
             bytes; ``None`` where the system does not say.
         memory_total: the same with what they held before.
+        failure: why it was left behind, where it failed.
     """
 
     seconds: list[float] = field(default_factory=list)
     loss: float = float("nan")
+    failure: str | None = None
     memory: int | None = None
     memory_total: int | None = None
 
     @property
     def median(self) -> float:
         """Median seconds of a step."""
-        return statistics.median(self.seconds)
+        return statistics.median(self.seconds) if self.seconds else float("nan")
 
 
 def measure(
@@ -50,8 +52,7 @@ def measure(
 ) -> dict[str, Measurement]:
     """Time a step of each contender ``rounds`` times, in turn, after ``warm_up`` steps of each that do not count.
 
-    Raises:
-        ContenderError: one could not be built or failed; its message is quoted.
+    One that fails says so in its measurement, and the others go on.
     """
     results = {name: Measurement() for name in names}
     with ExitStack() as running:
@@ -59,12 +60,20 @@ def measure(
         for turn in range(-warm_up, rounds):
             for name, ask in asked.items():
                 tick(name)
-                seconds, loss = ask("step")
+                own = results[name]
+                if own.failure is not None:
+                    continue
+                try:
+                    seconds, loss = ask("step")
+                except ContenderError as error:
+                    own.failure, own.seconds = str(error), []
+                    continue
                 if turn >= 0:
-                    results[name].seconds.append(seconds)
-                    results[name].loss = loss
+                    own.seconds.append(seconds)
+                    own.loss = loss
         for name, ask in asked.items():
-            results[name].memory, results[name].memory_total = ask("memory")
+            if results[name].failure is None:
+                results[name].memory, results[name].memory_total = ask("memory")
     return results
 
 

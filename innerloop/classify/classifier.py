@@ -18,13 +18,13 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from innerloop.classify.estimate import Estimate
-from innerloop.classify.images import ImageLike, image_name, read_image
+from innerloop.classify.images import ImageLike, deep_value, image_name, read_image
 from innerloop.classify.model_file import ModelFileError, load_model, save_model
 from innerloop.data import Preprocessing
+from innerloop.data.depth import bits_in_use
 from innerloop.data.images import Pixels
 from innerloop.data.preprocessing import Ink, ink_of
-from innerloop.network import Normalisation
-from innerloop.per_step import norm_layers
+from innerloop.norm_layers import Normalisation, norm_buffer_names, use_batch_statistics
 from innerloop.training.building import build_network
 from innerloop.training.config import MESSAGE, Config, DataConfig, NetworkConfig
 
@@ -34,8 +34,22 @@ _AT_ONCE = 16  # images a job of the thread pool; one at a time would cost more 
 _OTHER: dict[Ink, Ink] = {"dark": "bright", "bright": "dark"}
 
 Numbered = tuple[int, ImageLike]
-Read = tuple[str, Pixels | str]
-"""An image's name, and its pixels or why it has none."""
+
+
+class Read(NamedTuple):
+    """An image's name, its pixels or why it has none, and the largest value of one with 16 bits a pixel."""
+
+    name: str
+    pixels: Pixels | str
+    largest: int = 0
+
+
+class _Doubtful(NamedTuple):
+    """Names of images that answers were given for and hardly can be."""
+
+    other_ink: list[str]
+    other_bits: list[str]
+
 
 logger = logging.getLogger(__name__)
 
@@ -114,16 +128,26 @@ class Classifier:
         """A prediction for each image, in order, as soon as its batch is done; ``Unreadable`` for what is no image.
 
         Images are decoded by ``threads`` threads while others are classified. Drawings in another ink than the
-        support's are said in a logged warning at the end.
+        support's, and 16-bit images that do not fit the bits in use, are said in a logged warning at the end.
         """
         numbered = enumerate(images, start=1)
-        other_ink: list[str] = []
+        doubtful = _Doubtful([], [])
         with ThreadPoolExecutor(threads) as pool:
             # An image of a classifier by batch statistics depends on all the others.
             size = BATCH if self.normalisation != "batch" else None
             for part in _read_ahead(pool, numbered, self._read, size):
-                yield from self._classified(part, other_ink)
-        if other_ink:
+                yield from self._classified(part, doubtful)
+        bits = self.preprocessing.bits
+        if doubtful.other_bits:
+            logger.warning(
+                "%s %s: %s",
+                _names(doubtful.other_bits),
+                f"with values above {2**bits - 1}, which is white here ({bits} bits)"
+                if bits
+                else "with 16 bits a pixel, of which not all are in use, and the support images had none like that",
+                "what is brighter is cut off" if bits else "say how many bits they use (--bits)",
+            )
+        if other_ink := doubtful.other_ink:
             logger.warning(
                 "%d image%s (%s%s) %s not in %s ink as the support images are: what is said of %s is hardly right",
                 *(len(other_ink), "s" * (len(other_ink) > 1), ", ".join(other_ink[:3]), ", ..." * (len(other_ink) > 3)),
@@ -132,24 +156,32 @@ class Classifier:
 
     def _read(self, numbered: Numbered) -> Read:
         number, image = numbered
+        name = image_name(image, number)
         try:
-            return image_name(image, number), read_image(image, self.preprocessing)
+            image = Path(image).read_bytes() if isinstance(image, str | os.PathLike) else image
+            return Read(name, read_image(image, self.preprocessing), deep_value(image))
         except (OSError, ValueError) as error:
-            return image_name(image, number), str(error)
+            return Read(name, str(error))
 
-    def _classified(self, part: list[Read], other_ink: list[str]) -> Iterator[Prediction | Unreadable]:
-        """The answers for a batch; adds to ``other_ink`` what is drawn in another ink than the support."""
-        read = [(name, pixels) for name, pixels in part if not isinstance(pixels, str)]
+    def _classified(self, part: list[Read], doubtful: _Doubtful) -> Iterator[Prediction | Unreadable]:
+        """The answers for a batch; adds to ``doubtful`` what is drawn in another ink, or has other bits."""
+        read = [(name, pixels) for name, pixels, _ in part if not isinstance(pixels, str)]
         answers = iter(self.pixel_probabilities([pixels for _, pixels in read]).tolist())
         if self.ink is not None:
             inverted = _OTHER[self.ink] if self.preprocessing.invert else self.ink
-            other_ink += [name for name, pixels in read if ink_of(pixels) not in (None, inverted)]
-        for name, pixels in part:
+            doubtful.other_ink.extend(name for name, pixels in read if ink_of(pixels) not in (None, inverted))
+        doubtful.other_bits.extend(r.name for r in part if r.largest and not self._fits(r.largest))
+        for name, pixels, _ in part:
             if isinstance(pixels, str):
                 yield Unreadable(name, pixels)
             else:
                 shares = dict(zip(self.classes, next(answers), strict=True))
                 yield Prediction(max(shares, key=shares.__getitem__), shares)
+
+    def _fits(self, largest: int) -> bool:
+        """Whether a 16-bit image's largest value is what the bits in use hold, or all 16 where they are not known."""
+        bits = self.preprocessing.bits
+        return largest < 2**bits if bits else bits_in_use([largest]) == 16
 
     @torch.no_grad()
     def pixel_probabilities(self, pixels: list[Pixels]) -> Tensor:
@@ -197,6 +229,9 @@ class Classifier:
                 described.network, described.preprocessing, len(described.classes), described.normalisation
             )
             wanted = network.state_dict()
+            if described.normalisation == "batch":  # files of version 0.1 hold no statistics, which nobody asks for
+                none = {n: torch.zeros_like(wanted[n], device="cpu") for n in norm_buffer_names(network)}
+                tensors = {**none, **tensors}
             for name, tensor in tensors.items():
                 if name in wanted and tensor.dtype != wanted[name].dtype:
                     raise ValueError(f"{name} has numbers of type {tensor.dtype}, expected {wanted[name].dtype}")
@@ -249,10 +284,7 @@ def adapted_network(
     with torch.device("meta"):
         network = build_network(Config(data=data, network=architecture))
     if normalisation == "batch":
-        for _, layer in norm_layers(network):
-            if isinstance(layer, nn.modules.batchnorm._NormBase):
-                layer.track_running_stats = False
-                layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+        use_batch_statistics(network)
     return network
 
 
@@ -280,6 +312,11 @@ def _read_ahead(
             batch = []
     if batch:
         yield batch
+
+
+def _names(names: list[str]) -> str:
+    more = ", ..." if len(names) > 3 else ""
+    return f"{len(names)} image{'s' * (len(names) > 1)} ({', '.join(names[:3])}{more})"
 
 
 def _all_readable(results: list[Prediction | Unreadable]) -> list[Prediction]:

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from innerloop.classify.weighing import Weighing
+
 MOST_FOLDS = 20
 """Every fold is an adaptation of its own; so many take seconds."""
 
@@ -25,6 +27,9 @@ class Estimate:
         correct: how many of them were given their own class.
         low: lower end of the 95% Wilson interval of the accuracy.
         high: its upper end.
+        weighing: ``"classes"``: the accuracy is a mean over classes, each of whatever number of images;
+            ``"images"``: of all images.
+        of_classes: accuracy of each class, where classes are weighed.
     """
 
     kind: Literal["leave-one-out", "k-fold"]
@@ -33,14 +38,16 @@ class Estimate:
     correct: int
     low: float
     high: float
+    weighing: Weighing = "images"
+    of_classes: tuple[float, ...] = ()
 
     @property
     def accuracy(self) -> float:
-        """The fraction that is correct."""
-        return self.correct / self.images
+        """The fraction that is correct, of each class or of all images."""
+        return sum(self.of_classes) / len(self.of_classes) if self.of_classes else self.correct / self.images
 
 
-def wilson_interval(correct: int, images: int) -> tuple[float, float]:
+def wilson_interval(correct: float, images: float) -> tuple[float, float]:
     """The 95% interval of a fraction (Wilson 1927), which is of use for small numbers and for 0% and 100% too."""
     z = 1.959963984540054
     p, n = correct / images, images
@@ -64,7 +71,10 @@ def folds(targets: Tensor, most: int = MOST_FOLDS) -> list[Tensor]:
 
 
 def estimate(
-    targets: Tensor, predicted: Callable[[Tensor, Tensor], Tensor], tick: Callable[[], None] = lambda: None
+    targets: Tensor,
+    predicted: Callable[[Tensor, Tensor], Tensor],
+    tick: Callable[[], None] = lambda: None,
+    weighing: Weighing = "images",
 ) -> Estimate | None:
     """Adapt again and again without some of the images, and judge those; None where a class has a single image.
 
@@ -73,21 +83,31 @@ def estimate(
         predicted: ``predicted(kept, held_out)`` adapts to the images of the first numbers and gives the classes it
             finds for the second.
         tick: called after each fold.
+        weighing: whether the accuracy is a mean over classes or over images. The interval of the first is Wilson's for
+            as many images as would tell it as exactly if all classes were told equally well: ways / mean(1 / shots).
     """
-    if int(targets.bincount().min()) < 2:
+    shots = targets.bincount()
+    if int(shots.min()) < 2:
         return None
     every = torch.arange(len(targets))
     held_out_sets = folds(targets)
-    correct = 0
+    right = torch.zeros(len(targets), dtype=torch.long)
     for held_out in held_out_sets:
         kept = every[~torch.isin(every, held_out)]
-        correct += int((predicted(kept, held_out) == targets[held_out]).sum())
+        right[held_out] = (predicted(kept, held_out) == targets[held_out]).long()
         tick()
-    alone = len(held_out_sets) == len(targets)
+    correct, images = int(right.sum()), float(len(targets))
+    of_classes: tuple[float, ...] = ()
+    mean = correct / images
+    if weighing == "classes" and int(shots.min()) < int(shots.max()):
+        of_classes = tuple((targets.bincount(right.double()) / shots).tolist())
+        mean, images = sum(of_classes) / len(of_classes), float(len(shots) / (1 / shots).double().mean())
     return Estimate(
-        "leave-one-out" if alone else "k-fold",
+        "leave-one-out" if len(held_out_sets) == len(targets) else "k-fold",
         len(held_out_sets),
         len(targets),
         correct,
-        *wilson_interval(correct, len(targets)),
+        *wilson_interval(mean * images, images),
+        weighing,
+        of_classes,
     )

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from innerloop.data import Preprocessing
+from innerloop.data.depth import largest_value
 from innerloop.data.images import Pixels
 
 ImageLike = Image.Image | str | os.PathLike[str] | bytes | NDArray[Any] | torch.Tensor
 """A path, the bytes of an image file, a Pillow image, or an array or tensor ``[h, w]``, ``[h, w, 1, 3 or 4]`` or
-``[1 or 3, h, w]``: uint8, or floating point in [0, 1]."""
+``[1 or 3, h, w]``: uint8, floating point in [0, 1], or, of grey images, uint16."""
 
 
 def read_image(image: ImageLike, preprocessing: Preprocessing) -> Pixels:
@@ -41,6 +42,18 @@ def read_image(image: ImageLike, preprocessing: Preprocessing) -> Pixels:
     raise TypeError(f"an image is a path, bytes, a Pillow image, an array or a tensor; got {type(image).__name__}")
 
 
+def deep_value(image: ImageLike) -> int:
+    """The largest value of an image with 16 bits a pixel; 0 of any other."""
+    if isinstance(image, np.ndarray | torch.Tensor):
+        return int(image.max()) if str(image.dtype).endswith("uint16") and 0 not in image.shape else 0
+    if isinstance(image, str | os.PathLike):
+        try:
+            image = Path(image).read_bytes()
+        except OSError:  # said by read_image
+            return 0
+    return largest_value(image)
+
+
 def image_name(image: ImageLike, number: int) -> str:
     """What messages call the image: its path, or its number counted from 1."""
     return os.fspath(image) if isinstance(image, str | os.PathLike) else f"image {number}"
@@ -62,6 +75,9 @@ def _from_array(array: NDArray[Any] | torch.Tensor) -> Image.Image:
         values = (values * 255).round().astype(np.uint8)
     if values.dtype == np.bool_:
         values = values.astype(np.uint8) * 255
-    if values.dtype != np.uint8:
-        raise ValueError(f"an array of pixels is uint8, or floating point in [0, 1]; got {values.dtype}")
+    if values.dtype != np.uint8 and not (values.dtype == np.uint16 and values.ndim == 2):
+        raise ValueError(
+            "an array of pixels is uint8, floating point in [0, 1], or uint16 [h, w]; "
+            f"got {values.dtype} {values.shape}"
+        )
     return Image.fromarray(np.ascontiguousarray(values))

@@ -15,18 +15,19 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import innerloop
+from innerloop.classify import weighing as weighed
 from innerloop.classify.classifier import Classifier
 from innerloop.classify.estimate import Estimate, estimate
 from innerloop.classify.images import ImageLike, read_image
 from innerloop.classify.support import Support, SupportSource, read_support
+from innerloop.classify.weighing import Weighing
 from innerloop.data import Preprocessing
 from innerloop.data.preprocessing import Ink
 from innerloop.learner import MetaLearner
-from innerloop.network import Normalisation
+from innerloop.norm_layers import Normalisation
 from innerloop.tasks import Examples
 from innerloop.training.building import build_learner, build_preprocessing
 from innerloop.training.checkpoints import CheckpointError, load_checkpoint
@@ -114,6 +115,8 @@ class MetaTrained:
         steps: int | None = None,
         normalisation: Normalisation = "support",
         ink: InkChoice = "auto",
+        weighing: Weighing = "classes",
+        bits: int | None = None,
         skip_broken: bool = False,
     ) -> Classifier:
         """A classifier of the classes of a support set.
@@ -127,6 +130,9 @@ class MetaTrained:
                 together, as in the papers' figures.
             ink: of the support images, where the run is of drawings: ``"dark"`` on a light page, ``"bright"`` on a
                 dark one. ``"auto"`` goes by what they show.
+            weighing: what counts the same in the support loss and in ``Adaptation.estimate``: every class
+                (``"classes"``), or every image (``"images"``), by which a class with many images wins.
+            bits: that values of 16-bit images use; by default those of the run, or else of the support images.
             skip_broken: leave out images that cannot be read, with a logged warning.
 
         Raises:
@@ -135,7 +141,13 @@ class MetaTrained:
             BrokenImagesError: naming every image that cannot be read.
         """
         return self.adaptation(
-            support, steps=steps, normalisation=normalisation, ink=ink, skip_broken=skip_broken
+            support,
+            steps=steps,
+            normalisation=normalisation,
+            ink=ink,
+            weighing=weighing,
+            bits=bits,
+            skip_broken=skip_broken,
         ).classifier
 
     def adaptation(
@@ -145,6 +157,8 @@ class MetaTrained:
         steps: int | None = None,
         normalisation: Normalisation = "support",
         ink: InkChoice = "auto",
+        weighing: Weighing = "classes",
+        bits: int | None = None,
         skip_broken: bool = False,
     ) -> Adaptation:
         """The same with every inner step kept, to be watched. Arguments and errors as of ``adapt``."""
@@ -154,11 +168,15 @@ class MetaTrained:
             )
         if ink not in ("auto", *get_args(Ink)):
             raise ValueError(f"ink must be auto, dark or bright; got {ink!r}")
+        if weighing not in get_args(Weighing):
+            raise ValueError(f"weighing must be one of {', '.join(get_args(Weighing))}; got {weighing!r}")
         if steps is not None and steps < 0:
             raise ValueError(f"steps must be 0 or more, got {steps}")
-        read = read_support(support, replace(self.preprocessing, invert=False), skip_broken=skip_broken)
+        as_they_are = replace(self.preprocessing, invert=False, bits=bits or self.preprocessing.bits)
+        read = read_support(support, as_they_are, skip_broken=skip_broken)
         preprocessing, notes = self._with_ink(read, ink)
-        learner = self.learner(len(read.classes))
+        preprocessing = replace(preprocessing, bits=read.bits)
+        learner = self.learner(len(read.classes), weighing)
         pixels = read.pixels.bitwise_not() if preprocessing.invert else read.pixels
         examples = Examples(preprocessing.inputs(pixels), read.targets)
         return Adaptation(
@@ -168,11 +186,12 @@ class MetaTrained:
             examples,
             preprocessing,
             normalisation,
+            weighing,
             self.config.test_steps if steps is None else steps,
-            (*read.notes, *notes),
+            (*read.notes, *notes, *weighed.note(read.shots, weighing)),
         )
 
-    def learner(self, ways: int) -> MetaLearner:
+    def learner(self, ways: int, weighing: Weighing = "classes") -> MetaLearner:
         """The meta-trained learner for a number of classes.
 
         A head that starts from zeros has one output a class. A learned one has as many as it was trained with, and its
@@ -205,9 +224,14 @@ class MetaTrained:
                 raise CheckpointError(
                     f"the checkpoint of {self.path} has numbers of type {state[name].dtype} in {name}"
                 )
+        scale = min(1.0, ways / trained)
+
+        def loss(logits: Tensor, targets: Tensor) -> Tensor:
+            return scale * weighed.cross_entropy(logits, targets, weighing)
+
         # Weights are drawn and then replaced: not at the cost of a caller's random numbers.
         with torch.random.fork_rng(devices=[]):
-            learner = build_learner(config, torch.device("cpu"), loss_scale=min(1.0, ways / trained))
+            learner = build_learner(config, torch.device("cpu"), loss)
         learner.load_state_dict(state)
         return learner
 
@@ -254,6 +278,7 @@ class Adaptation:
         examples: the same as the network sees it.
         preprocessing: of the support's and of all other images.
         normalisation: the statistics of the norm layers.
+        weighing: of the images, in the support loss and in all figures.
         steps: K, inner steps.
         notes: what a person may want to know.
     """
@@ -264,6 +289,7 @@ class Adaptation:
     examples: Examples
     preprocessing: Preprocessing
     normalisation: Normalisation
+    weighing: Weighing
     steps: int
     notes: tuple[str, ...]
 
@@ -279,7 +305,7 @@ class Adaptation:
         Raises:
             DivergedError: they are not finite.
         """
-        thetas = list(self.learner.trajectory(self.examples, self.steps))
+        thetas: list[Tensors] = list(self.learner.trajectory(self.examples, self.steps))
         if not all(t.isfinite().all() for t in thetas[-1].values()):
             raise DivergedError(
                 f"adapting diverged within {self.steps} inner steps; take fewer, or as many as in training "
@@ -293,14 +319,14 @@ class Adaptation:
 
     @property
     def support_losses(self) -> Tensor:
-        """``[K + 1]``: mean cross-entropy of the support images after 0 .. K inner steps."""
-        return torch.stack([F.cross_entropy(logits, self.examples.targets) for logits in self._support_logits])
+        """``[K + 1]``: mean cross-entropy of the support set after 0 .. K inner steps."""
+        targets = self.examples.targets
+        return torch.stack([weighed.cross_entropy(logits, targets, self.weighing) for logits in self._support_logits])
 
     @property
     def support_accuracies(self) -> Tensor:
-        """``[K + 1]``: the fraction of support images told right after 0 .. K inner steps."""
-        accuracies: Tensor = (self._support_logits.argmax(2) == self.examples.targets).float().mean(1)
-        return accuracies
+        """``[K + 1]``: the fraction of the support set told right after 0 .. K inner steps."""
+        return weighed.accuracy(self._support_logits.argmax(2), self.examples.targets, self.weighing)
 
     def probabilities(self, images: Iterable[ImageLike]) -> Tensor:
         """``[K + 1, n, ways]``: what images are taken for after 0 .. K inner steps.
@@ -334,7 +360,12 @@ class Adaptation:
             normalisation=self.normalisation,
             ink=self.support.ink,
             notes=self.notes,
-            support={"images": sum(shots), "shots": list(shots), "steps": self.steps},
+            support={
+                "images": sum(shots),
+                "shots": list(shots),
+                "steps": self.steps,
+                **({} if min(shots) == max(shots) else {"weighing": self.weighing}),
+            },
             provenance={
                 "run": trained.path.resolve().name,
                 "preset": trained.preset,
@@ -360,4 +391,4 @@ class Adaptation:
             classes: Tensor = logits.argmax(1)
             return classes
 
-        return estimate(targets, predicted, tick)
+        return estimate(targets, predicted, tick, self.weighing)

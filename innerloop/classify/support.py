@@ -9,15 +9,16 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from innerloop.classify.images import ImageLike, image_name, read_image
+from innerloop.classify.images import ImageLike, deep_value, image_name, read_image
 from innerloop.data import BrokenImagesError, Preprocessing
+from innerloop.data.depth import assumed, bits_in_use
 from innerloop.data.folder import find_classes
 from innerloop.data.images import Pixels, check_folder
 from innerloop.data.preprocessing import Ink, ink_of
@@ -37,6 +38,7 @@ class Support:
         pixels: uint8 ``[n, C, H, W]``, class after class, before any inversion.
         targets: int64 ``[n]``.
         ink: of its drawings, where they are drawings and agree; else None.
+        bits: that its 16-bit images use, as the preprocessing has it or as they show; None where there are none.
         notes: what a person may want to know of it.
     """
 
@@ -45,6 +47,7 @@ class Support:
     targets: Tensor
     ink: Ink | None
     notes: tuple[str, ...] = ()
+    bits: int | None = None
 
     @property
     def shots(self) -> tuple[int, ...]:
@@ -76,6 +79,8 @@ def read_support(source: SupportSource, preprocessing: Preprocessing, *, skip_br
         found = f"only one class, {names[0]!r}" if names else "no class"
         raise ValueError(f"{found}{where}; to tell classes apart takes two or more, each with its images")
     images = [(name, image) for name, of_class in zip(names, classes.values(), strict=True) for image in of_class]
+    bits, said = _bits([image for _, image in images], preprocessing.bits)
+    preprocessing, notes = replace(preprocessing, bits=bits), [*notes, *said]
     # Inverted or not, it is decided later.
     kept, broken = _read([image for _, image in images], preprocessing)
     if broken:
@@ -90,8 +95,26 @@ def read_support(source: SupportSource, preprocessing: Preprocessing, *, skip_br
         raise ValueError(f"no image of class {names[min(lost)]!r} can be read")
     pixels = list(kept.values())
     _warn_of_copies(pixels, targets, [_described(*images[i], i) for i in kept])
-    return Support(
-        tuple(names), torch.from_numpy(np.stack(pixels)), torch.tensor(targets), _common_ink(pixels), tuple(notes)
+    tensors = torch.from_numpy(np.stack(pixels)), torch.tensor(targets)
+    return Support(tuple(names), *tensors, _common_ink(pixels), tuple(notes), bits)
+
+
+def _bits(images: Sequence[ImageLike], known: int | None) -> tuple[int | None, list[str]]:
+    """How many bits the 16-bit images use, and what is to be said of it."""
+    with ThreadPoolExecutor() as pool:
+        deep = [value for value in pool.map(deep_value, images) if value]
+    if not known:
+        found = bits_in_use(deep)
+        return found, [assumed(found)] if found else []
+    beyond = sum(value >= 2**known for value in deep)
+    return known, [too_bright(beyond, known)] if beyond else []
+
+
+def too_bright(images: int, bits: int) -> str:
+    """What is said of images that do not fit into the bits in use."""
+    return (
+        f"{images} 16-bit image{'s' * (images != 1)} with values above {2**bits - 1}, which is white here ({bits} "
+        "bits): what is brighter is cut off. --bits 16 takes all"
     )
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from pydantic import Field
 from rich.console import Console
 
 from innerloop.classify import Adaptation, Estimate, load
 from innerloop.classify.estimate import folds
 from innerloop.classify.meta_trained import InkChoice
+from innerloop.classify.weighing import Weighing
 from innerloop.cli.arguments import check_out, parsed
-from innerloop.network import Normalisation
+from innerloop.norm_layers import Normalisation
 from innerloop.training.config import Steps
 from innerloop.training.progress import Progress
 
@@ -38,6 +40,11 @@ class AdaptArguments:
     that is asked about together (batch), which then see each other."""
     ink: InkChoice = "auto"
     """Ink of your images, where the run is of drawings: dark on a light page, bright on a dark one, or as they show."""
+    weighing: Weighing = "classes"
+    """What counts the same where classes have different numbers of images: every class, or every image, by which a
+    class with many wins. The estimate is weighed so too."""
+    bits: Annotated[int, Field(ge=8, le=16)] | None = None
+    """Bits that values of 16-bit images use, such as 12. Default: those of the run, or else of your images."""
     skip_broken: bool = False
     """Go on without images that cannot be read."""
     estimate: bool = True
@@ -60,6 +67,8 @@ def run(arguments: Sequence[str]) -> int:
             steps=chosen.steps,
             normalisation=chosen.normalisation,
             ink=chosen.ink,
+            weighing=chosen.weighing,
+            bits=chosen.bits,
             skip_broken=chosen.skip_broken,
         )
         classifier = adaptation.classifier
@@ -99,7 +108,10 @@ def _estimate(found: Estimate | None) -> str:
     if found is None:
         return "accuracy: a class with a single image gives no estimate; with two or more of each there is one"
     how = "one image held out at a time" if found.kind == "leave-one-out" else "some held out at a time"
+    of = f"{found.correct} of {found.images}"
+    if found.of_classes:
+        of = f"mean over classes, each counting the same; {of} images"
     return (
-        f"accuracy on images it was not adapted to: {found.accuracy:.0%} ({found.correct} of {found.images}), "
+        f"accuracy on images it was not adapted to: {found.accuracy:.0%} ({of}), "
         f"95% interval {found.low:.0%} to {found.high:.0%} ({found.kind}: {found.folds} adaptations, {how})"
     )

@@ -55,21 +55,27 @@ def run(arguments: Sequence[str]) -> int:
         _list()
         return 0
     plan = {name: _contenders(name, chosen.contenders) for name in chosen.cases}
+    if not any(able for able, _ in plan.values()):
+        raise ConfigError("; ".join(reason for _, unable in plan.values() for reason in unable.values()))
     for name in ("rounds", "warm_up"):
         if getattr(chosen, name) < (name == "rounds"):
             raise ConfigError(
                 f"--{name.replace('_', '-')} must be at least {int(name == 'rounds')}, got {getattr(chosen, name)}"
             )
     progress = Progress(shown=not chosen.json)
-    records = {}
-    for name, contenders in plan.items():
+    records, failed = {}, False
+    for name, (contenders, unable) in plan.items():
         with progress.task(name, len(contenders) * (chosen.rounds + chosen.warm_up)) as bar:
             measured = measure(
                 CASES[name], contenders, chosen.rounds, chosen.warm_up, tick=lambda who: bar.advance(1, who)
             )
-        records[name] = case_record(name, measured)
+        failures = {who: m.failure for who, m in measured.items() if m.failure is not None}
+        failed |= bool(failures)
+        unable |= failures
+        measured = {who: m for who, m in measured.items() if m.failure is None}
+        records[name] = {**case_record(name, measured), "unable": unable}
         if not chosen.json:
-            _print(name, measured)
+            _print(name, measured, unable)
     result = {
         "version": 1,
         "rounds": chosen.rounds,
@@ -80,7 +86,7 @@ def run(arguments: Sequence[str]) -> int:
         write_json(chosen.out, result)
     if chosen.json:
         print(json.dumps(result))
-    return 0
+    return 1 if failed else 0
 
 
 def case_record(name: str, measured: dict[str, Measurement]) -> dict[str, Any]:
@@ -101,19 +107,25 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def _contenders(case: str, asked: Sequence[str]) -> list[str]:
-    """The contenders of a case, found to exist, to be installed and to be able to do it."""
+def _contenders(case: str, asked: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The contenders of a case, and why some that were asked for cannot do it.
+
+    Raises:
+        ConfigError: there is no such case, or no such contender.
+    """
     if case not in CASES:
         raise ConfigError(f"there is no case {case!r}; there are {', '.join(CASES)}")
     for name in asked:
         if name not in CONTENDERS:
             raise ConfigError(f"there is no contender {name!r}; there are {'; '.join(CONTENDERS)}")
+    unable: dict[str, str] = {}
+    for name in asked:
         if not CONTENDERS[name].installed:
-            raise ConfigError(f"{name} needs the package {CONTENDERS[name].needs}: pip install 'innerloop[bench]'")
-        if not CONTENDERS[name].takes(CASES[case]):
-            raise ConfigError(f"{name} cannot do {case}")
+            unable[name] = f"{name} needs the package {CONTENDERS[name].needs}: pip install 'innerloop[bench]'"
+        elif not CONTENDERS[name].takes(CASES[case]):
+            unable[name] = f"{name} cannot do {case}"
     wanted = asked or [n for n in DEFAULT if CONTENDERS[n].installed and CONTENDERS[n].takes(CASES[case])]
-    return list(dict.fromkeys(wanted))
+    return [name for name in dict.fromkeys(wanted) if name not in unable], unable
 
 
 def _list() -> None:
@@ -128,7 +140,7 @@ def _list() -> None:
     console.print(contenders)
 
 
-def _print(name: str, measured: dict[str, Measurement]) -> None:
+def _print(name: str, measured: dict[str, Measurement], unable: dict[str, str]) -> None:
     table = Table(title=name, title_justify="left", box=None)
     for column in ("", "s/step, median (least to most)", "times innerloop's", "peak memory, with libraries"):
         table.add_column(column)
@@ -141,8 +153,12 @@ def _print(name: str, measured: dict[str, Measurement]) -> None:
             else f"{m.memory / 1e6:.0f} MB, {m.memory_total / 1e6:.0f} MB"
         )
         table.add_row(who, _figures(m.seconds, 3), ratio, memory)
+    for who in unable:
+        table.add_row(who, "–", "–", "–")
     console = Console()
     console.print(table)
+    for reason in unable.values():
+        console.print(reason, markup=False, highlight=False, soft_wrap=True)
     if ours is not None and (floor := measured.get("convolutions alone")):
         shares = ratios(floor, ours)
         console.print(

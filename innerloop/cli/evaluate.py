@@ -111,9 +111,9 @@ def _run(arguments: Sequence[str], ranks: Ranks) -> int:
         "preset": preset,
         "split": chosen.split,
         "steps": steps,
+        "precision": chosen.precision,
         "epochs": epochs,
         "test": scores,
-        "precision": chosen.precision,
         "environment": measured_on,
     }
     write_json(chosen.run / "evaluation.json", record)

@@ -8,13 +8,14 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 from unicodedata import category
 
 import torch
 import tyro
+from pydantic import Field
 
 from innerloop.classify import Classifier, Prediction, Unreadable
 from innerloop.cli.arguments import parsed
@@ -40,6 +41,8 @@ class PredictArguments:
     """A JSON object a line, with the probabilities of all classes."""
     csv: Annotated[bool, tyro.conf.arg(name="csv")] = False
     """Comma-separated: image, class, probability."""
+    bits: Annotated[int, Field(ge=8, le=16)] | None = None
+    """Bits that values of 16-bit images use, such as 12. Default: those of the classifier."""
     threads: Threads = 0
     """CPU threads of the network (0: PyTorch's choice); images are decoded by others."""
 
@@ -54,6 +57,8 @@ def run(arguments: Sequence[str]) -> int:
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     classifier = Classifier.load(chosen.model)
+    if chosen.bits:
+        classifier = replace(classifier, preprocessing=replace(classifier.preprocessing, bits=chosen.bits))
     images = [image for path in chosen.images for image in _images(path)]
     show = _as_json if chosen.json else _as_csv if chosen.csv else _as_text
     if chosen.csv:

@@ -202,7 +202,7 @@ def differences(stored: Config, asked: Config) -> list[str]:
         for name, old in values.items()
         if group != "compute" or name == "seed"
         for new in [now[group][name]]
-        if old != new and name not in _MAY_CHANGE
+        if old != new and name not in _MAY_CHANGE and not (name == "bits" and not new)  # found, and recorded
     ]
 
 

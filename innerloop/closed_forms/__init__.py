@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -14,7 +15,16 @@ from innerloop.closed_forms.convolution import Convolution
 from innerloop.closed_forms.norm_act_pool import NormActPool, normalised
 from innerloop.closed_forms.operation import Operation
 
-__all__ = ["MOST_CHANNELS", "ClosedForms", "ConvNormActPool", "Convolution", "NormActPool", "Operation", "normalised"]
+__all__ = [
+    "MOST_CHANNELS",
+    "ClosedForms",
+    "ConvNormActPool",
+    "Convolution",
+    "NormActPool",
+    "Operation",
+    "autocast",
+    "normalised",
+]
 
 
 class ClosedForms(TorchFunctionMode):
@@ -28,8 +38,16 @@ class ClosedForms(TorchFunctionMode):
     ) -> Any:
         """Divert ``F.batch_norm`` and ``F.conv1d``, ``conv2d``, ``conv3d``."""
         diverted = _DIVERTED.get(func)
-        result = diverted(*args, **(kwargs or {})) if diverted else None
+        result = diverted(*args, **(kwargs or {})) if diverted and not autocast(args) else None
         return func(*args, **(kwargs or {})) if result is None else result
+
+
+def autocast(tensors: Sequence[Any]) -> bool:
+    """Whether ``torch.autocast`` decides in which precision operations on these tensors compute.
+
+    It knows PyTorch's operations and not these, which would mix what it rounds with what it does not.
+    """
+    return any(isinstance(t, Tensor) and torch.is_autocast_enabled(t.device.type) for t in tensors)
 
 
 def _batch_norm(

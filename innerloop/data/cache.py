@@ -54,7 +54,7 @@ def load_cached(cache: Cache, kind: str, key: str) -> ClassImages | None:
             images = file.get_tensor("images")
         if described["checksum"] != _checksum(images):
             raise ValueError("its checksum does not match")
-        return ClassImages(images, tuple(described["sizes"]), tuple(described["names"]))
+        return ClassImages(images, tuple(described["sizes"]), tuple(described["names"]), described.get("bits"))
     except Exception as error:
         # Whatever is wrong with it (half a file, a bad disk, an older layout), decoding again puts it right.
         logger.warning("ignoring the damaged cache %s (%s); reading the images again", path, error)
@@ -66,7 +66,12 @@ def store_cached(cache: Cache, kind: str, key: str, classes: ClassImages) -> Non
     path = _path(cache, kind, key)
     if path is None:
         return
-    described = {"sizes": classes.sizes, "names": classes.names, "checksum": _checksum(classes.images)}
+    described = {
+        "sizes": classes.sizes,
+        "names": classes.names,
+        "bits": classes.bits,
+        "checksum": _checksum(classes.images),
+    }
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

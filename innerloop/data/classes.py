@@ -23,11 +23,13 @@ class ClassImages:
         sizes: how many images each class has, ``n_images`` in all; class ``c``'s images follow those of the
             classes before it.
         names: one name a class.
+        bits: that the 16-bit images among them use; None where there are none.
     """
 
     images: Tensor
     sizes: tuple[int, ...]
     names: tuple[str, ...]
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
@@ -53,6 +55,7 @@ class ClassImages:
             images=self.images[torch.cat(rows)] if rows else self.images[:0].clone(),
             sizes=tuple(self.sizes[c] for c in classes),
             names=tuple(self.names[c] for c in classes),
+            bits=self.bits,
         )
 
 

@@ -100,6 +100,7 @@ class Episodes:
         self.ways, self.shots, self.queries = int(ways), int(shots), int(queries)
         self.seed, self.rotations = int(seed), rotations
         self.device, self.dtype = torch.device(device), dtype
+        self.bits = next((classes.bits for classes in dataset.values() if classes.bits), None)
         self._images = {split: classes.images.to(self.device) for split, classes in dataset.items()}
         self._starts = {split: classes.starts for split, classes in dataset.items()}
         self._sizes = {split: classes.sizes for split, classes in dataset.items()}

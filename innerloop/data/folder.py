@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from innerloop.data._random import check_whole, shuffled
 from innerloop.data.cache import Cache
 from innerloop.data.classes import SPLITS, ClassImages, ImageDataset, Split
+from innerloop.data.depth import assumed
 from innerloop.data.images import (
     Fit,
     ImageSource,
@@ -155,6 +156,7 @@ def image_folder(
     seed: int = 0,
     fit: Fit = "crop",
     invert: bool = False,
+    bits: int | None = None,
     skip_broken: bool = False,
     cache: Cache = True,
     progress: bool = False,
@@ -177,6 +179,7 @@ def image_folder(
         seed: decides which classes go to which split.
         fit: what happens to images that are not square; see :func:`innerloop.data.images.decode_image`.
         invert: turn dark ink on bright paper into bright ink on dark.
+        bits: that values of 16-bit images use; None finds it over all images, and says it in a logged warning.
         skip_broken: leave out images that cannot be decoded, with a logged warning, instead of raising.
         cache: keep the decoded images: ``True``, ``False`` or a folder.
         progress: say what was found, and show a progress bar with the time left.
@@ -214,15 +217,18 @@ def image_folder(
         channels=channels,
         fit=fit,
         invert=invert,
+        bits=bits,
         skip_broken=skip_broken,
         cache=cache,
         progress=progress,
     )
+    if bits is None and everything.bits is not None:
+        logger.warning(assumed(everything.bits))
     dataset: dict[Split, ClassImages] = {}
     first = 0
     for split in SPLITS:
         selected = everything.select(range(first, first + len(splits[split])))
-        dataset[split] = _without_small(ClassImages(selected.images, selected.sizes, tuple(splits[split])), at_least)
+        dataset[split] = _without_small(replace(selected, names=tuple(splits[split])), at_least)
         first += len(splits[split])
     return dataset
 

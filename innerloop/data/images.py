@@ -19,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from innerloop.data._progress import progress_bar
 from innerloop.data.cache import Cache, fingerprint, load_cached, store_cached
 from innerloop.data.classes import ClassImages
+from innerloop.data.depth import bits_in_use, check_colours, largest_value, to_eight_bits
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset((
@@ -39,7 +40,7 @@ MAX_SIZE = 4096
 """Images are resized to at most so many pixels a side: a small description can ask for images that fill memory."""
 
 # Part of every cache key: raise it whenever the same file would come out as different pixels.
-PREPROCESSING_VERSION = 1
+PREPROCESSING_VERSION = 2
 _AT_ONCE = 64  # images a job of the thread pool; one at a time would cost more in hand-over than in decoding
 
 Fit = Literal["stretch", "crop", "ink"]
@@ -144,6 +145,7 @@ def read_images(
     channels: int,
     fit: Fit = "stretch",
     invert: bool = False,
+    bits: int | None = None,
     skip_broken: bool = False,
     cache: Cache = True,
     progress: bool = False,
@@ -157,6 +159,7 @@ def read_images(
         channels: 1 (grey) or 3 (RGB).
         fit: what happens to images that are not square; see :func:`decode_image`.
         invert: turn dark ink on bright paper into bright ink on dark.
+        bits: that values of 16-bit images use; None finds it over all of them (``ClassImages.bits``).
         skip_broken: leave out what cannot be decoded, with a logged warning, instead of raising.
         cache: see :func:`innerloop.data.cache.cache_folder`.
         progress: show a progress bar with the time left.
@@ -170,7 +173,7 @@ def read_images(
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB); got {channels}")
     contents = [(name, [(s.name, s.stamp) for s in sources]) for name, sources in classes.items()]
-    key = fingerprint(kind, PREPROCESSING_VERSION, size, channels, fit, invert, contents)
+    key = fingerprint(kind, PREPROCESSING_VERSION, size, channels, fit, invert, bits, contents)
     cached = load_cached(cache, kind, key)
     if cached is not None and cached.images.shape[1:] == (channels, size, size) and cached.names == tuple(classes):
         return cached
@@ -179,12 +182,19 @@ def read_images(
     images = torch.empty((len(sources), channels, size, size), dtype=torch.uint8)
     pixels = images.numpy()
     broken: dict[int, str] = {}
+    deep: dict[int, int] = {}  # largest value of each 16-bit image, where the bits are to be found
+
+    def decoded(data: bytes, bits: int | None) -> Pixels:
+        return decode_image(data, size=size, channels=channels, fit=fit, invert=invert, bits=bits)
 
     def decode(first: int) -> int:
         chunk = sources[first : first + _AT_ONCE]
         for row, source in enumerate(chunk, start=first):
             try:
-                pixels[row] = decode_image(source.read(), size=size, channels=channels, fit=fit, invert=invert)
+                data = source.read()
+                pixels[row] = decoded(data, bits)
+                if bits is None and (largest := largest_value(data)):
+                    deep[row] = largest
             except Exception as error:
                 # Pillow's decoders raise nearly anything on damaged files (OSError, SyntaxError,
                 # struct.error, zlib.error, ...), and whatever it was must not hide the other broken files.
@@ -196,8 +206,12 @@ def read_images(
         for done in pool.map(decode, range(0, len(sources), _AT_ONCE)):
             bar.advance(job, done)
 
+    found = bits or bits_in_use(deep.values())
+    if bits is None and found not in (None, 16):
+        for row in deep:
+            pixels[row] = decoded(sources[row].read(), found)
     if not broken:
-        result = ClassImages(images, tuple(map(len, classes.values())), tuple(classes))
+        result = ClassImages(images, tuple(map(len, classes.values())), tuple(classes), found)
         store_cached(cache, kind, key, result)
         return result
     named = [(sources[row].name, broken[row]) for row in sorted(broken)]
@@ -205,10 +219,12 @@ def read_images(
         raise BrokenImagesError(named, len(sources))
     # Not cached, so that every run says again what it leaves out.
     logger.warning("left out %d of %d images: %s", len(named), len(sources), BrokenImagesError(named, len(sources)))
-    return _without(images, classes, set(broken))
+    return _without(images, classes, set(broken), found)
 
 
-def _without(images: torch.Tensor, classes: Mapping[str, Sequence[ImageSource]], broken: set[int]) -> ClassImages:
+def _without(
+    images: torch.Tensor, classes: Mapping[str, Sequence[ImageSource]], broken: set[int], bits: int | None
+) -> ClassImages:
     sizes: list[int] = []
     first = 0
     for name, sources in classes.items():
@@ -218,15 +234,18 @@ def _without(images: torch.Tensor, classes: Mapping[str, Sequence[ImageSource]],
         sizes.append(whole)
         first += len(sources)
     kept = [row for row in range(len(images)) if row not in broken]
-    return ClassImages(images[kept], tuple(sizes), tuple(classes))
+    return ClassImages(images[kept], tuple(sizes), tuple(classes), bits)
 
 
-def decode_image(data: bytes, *, size: int, channels: int, fit: Fit = "stretch", invert: bool = False) -> Pixels:
+def decode_image(
+    data: bytes, *, size: int, channels: int, fit: Fit = "stretch", invert: bool = False, bits: int | None = None
+) -> Pixels:
     """An encoded image as uint8 ``[channels, size, size]``.
 
-    It is turned the way its EXIF orientation says. Transparency is laid over white paper; 16-bit grey is
-    scaled to 8 bits. ``fit="stretch"`` resizes to the square whatever the aspect ratio; ``"crop"`` resizes
-    the shorter side and cuts the longer one's ends off; ``"ink"`` is for drawings, see :func:`centred_ink`.
+    It is turned the way its EXIF orientation says. Transparency is laid over white paper; 16-bit grey is scaled to 8
+    bits, ``2**bits - 1`` for white (None: all 16 bits). ``fit="stretch"`` resizes to the square whatever the aspect
+    ratio; ``"crop"`` resizes the shorter side and cuts the longer one's ends off; ``"ink"`` is for drawings, see
+    :func:`centred_ink`.
 
     Of an animation, the first picture is taken.
 
@@ -236,17 +255,27 @@ def decode_image(data: bytes, *, size: int, channels: int, fit: Fit = "stretch",
     if not data:
         raise ValueError("the file is empty")
     with open_image(io.BytesIO(data)) as opened:
-        return image_pixels(opened, size=size, channels=channels, fit=fit, invert=invert)
+        return image_pixels(opened, size=size, channels=channels, fit=fit, invert=invert, bits=bits)
 
 
-def image_pixels(image: Image.Image, *, size: int, channels: int, fit: Fit = "stretch", invert: bool = False) -> Pixels:
+def image_pixels(
+    image: Image.Image,
+    *,
+    size: int,
+    channels: int,
+    fit: Fit = "stretch",
+    invert: bool = False,
+    bits: int | None = None,
+) -> Pixels:
     """An opened image, decoded or not, as uint8 ``[channels, size, size]``; see :func:`decode_image`."""
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(
             f"{image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS // 10**6} megapixels; "
             "make the image smaller"
         )
-    return prepare_image(ImageOps.exif_transpose(image), size=size, channels=channels, fit=fit, invert=invert)
+    check_colours(image)
+    image = to_eight_bits(ImageOps.exif_transpose(image), bits)
+    return prepare_image(image, size=size, channels=channels, fit=fit, invert=invert)
 
 
 @functools.cache
@@ -276,7 +305,7 @@ def open_image(file: BinaryIO | Path) -> Image.Image:
 
 def prepare_image(image: Image.Image, *, size: int, channels: int, fit: Fit, invert: bool) -> Pixels:
     """A decoded image as uint8 ``[channels, size, size]``; see :func:`decode_image`."""
-    image = _without_alpha(_to_eight_bits(image)).convert("L" if channels == 1 else "RGB")
+    image = _without_alpha(to_eight_bits(image, None)).convert("L" if channels == 1 else "RGB")
     # Lanczos filters over the area that a pixel comes from, so thin pen strokes survive being made smaller;
     # it is also what MAML's authors resized Omniglot and mini-ImageNet with.
     if fit == "ink":
@@ -309,20 +338,6 @@ def centred_ink(image: Image.Image) -> Image.Image:
     square = Image.new(image.mode, (side, side), tuple(page.tolist()) if page.ndim else int(page))
     square.paste(image.crop((left, top, right, bottom)), ((side - width) // 2, (side - height) // 2))
     return square
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range; save the image with 8 bits a channel")
-    if image.mode != "I" and not image.mode.startswith("I;16"):
-        return image
-    # Pillow's own conversion from 16 bits cuts values off at 255. Mode I comes from 16-bit PNGs as well.
-    values = np.array(image, dtype=np.int32)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError("32-bit pixels have no fixed range; save the image with 8 or 16 bits a channel")
-    values += 128  # in place: a large image's numbers take much memory
-    values //= 257
-    return Image.fromarray(values.astype(np.uint8))
 
 
 def _without_alpha(image: Image.Image) -> Image.Image:

@@ -34,6 +34,8 @@ class Preprocessing:
         std: divides each channel after that; None for nothing.
         ink: what the network takes ink to be, once ``invert`` is done; None where images are no drawings, or it is
             not known.
+        bits: that the values of 16-bit images use, ``2**bits - 1`` being white; None where it is not known, and all
+            16 are taken.
     """
 
     size: int
@@ -43,6 +45,7 @@ class Preprocessing:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     ink: Ink | None = None
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for what cannot be done to an image."""
@@ -50,6 +53,8 @@ class Preprocessing:
             raise ValueError(f"size must be at least 1 pixel and at most {MAX_SIZE}; got {self.size}")
         if self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (RGB); got {self.channels}")
+        if self.bits is not None and not 8 <= self.bits <= 16:
+            raise ValueError(f"bits must be 8 to 16; got {self.bits}")
         per_channel("mean", self.mean, self.channels)
         per_channel("std", self.std, self.channels)
 
@@ -59,8 +64,12 @@ class Preprocessing:
         Raises what ``decode_image`` raises.
         """
         if isinstance(image, bytes):
-            return decode_image(image, size=self.size, channels=self.channels, fit=self.fit, invert=self.invert)
-        return image_pixels(image, size=self.size, channels=self.channels, fit=self.fit, invert=self.invert)
+            return decode_image(
+                image, size=self.size, channels=self.channels, fit=self.fit, invert=self.invert, bits=self.bits
+            )
+        return image_pixels(
+            image, size=self.size, channels=self.channels, fit=self.fit, invert=self.invert, bits=self.bits
+        )
 
     def inputs(self, pixels: Tensor) -> Tensor:
         """float32 ``[n, channels, size, size]`` for uint8 pixels of the same shape, as ``Episodes`` makes them."""

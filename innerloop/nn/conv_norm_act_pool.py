@@ -56,6 +56,7 @@ def _as_one(x: Tensor, conv: nn.Conv2d, norm: NormActPool) -> bool:
         x.ndim == 4
         and x.shape[1] == conv.in_channels <= closed_forms.MOST_CHANNELS
         and norm.uses_batch
+        and not closed_forms.autocast([x])
         and norm.pool is not None
         and norm.pool <= min(*x.shape[2:], kernels.LARGEST_POOL)
         and conv.stride == (1, 1)

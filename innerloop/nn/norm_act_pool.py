@@ -14,7 +14,8 @@ class NormActPool(nn.BatchNorm2d):
     The same function as the three modules one after the other, with their first and second derivatives in closed form
     (``innerloop.closed_forms``): a gradient of it, and that gradient's derivative, take a fraction of the time. It is a
     ``BatchNorm2d`` to everything that asks: weight, bias and running statistics have its names, and BNRS and BNWB keep
-    them per inner step. Where running statistics normalise, it is the three modules.
+    them per inner step. Where running statistics normalise, or ``torch.autocast`` chooses precisions, it is the three
+    modules.
 
     Differentiable twice; a third derivative raises ``NotImplementedError``.
 
@@ -45,7 +46,7 @@ class NormActPool(nn.BatchNorm2d):
         Raises:
             ValueError: x has not four dimensions, or one value a channel, which has no variance.
         """
-        if self.uses_batch:
+        if self.uses_batch and x.dtype == self.weight.dtype and not closed_forms.autocast([x]):
             self._check_input_dim(x)
             fused = closed_forms.NormActPool(self.eps, self.negative_slope, self.pool)
             return self.normalised(fused, x, values=x.numel() // x.shape[1])

@@ -17,15 +17,17 @@ from starlette.exceptions import HTTPException
 from torch import Tensor
 
 from innerloop import __version__
+from innerloop.classify.weighing import Weighing
 from innerloop.serve.answers import Adapted, Failure, Health, Info, LimitsInfo, ModelInfo, Predicted, Prediction
 from innerloop.serve.gate import Gate
 from innerloop.serve.guard import LOOPBACK, Guard
 from innerloop.serve.kept import Kept
 from innerloop.serve.limits import Limits, RefusedError
-from innerloop.serve.uploads import AdaptRequest, PredictRequest, decode, read_queries, read_support
+from innerloop.serve.uploads import AdaptRequest, PredictRequest, bits_of, decode, read_queries, read_support
 
 if TYPE_CHECKING:
     from innerloop.classify import Adaptation, MetaTrained
+    from innerloop.data import Preprocessing
 
 STATIC = Path(__file__).parent / "static"
 
@@ -47,7 +49,7 @@ def create_app(trained: MetaTrained, limits: Limits | None = None, hosts: frozen
     if not trained.any_ways:
         bounds = replace(bounds, classes=min(bounds.classes, trained.config.data.ways))
     gate = Gate(bounds)
-    kept: Kept[Adaptation] = Kept(bounds)
+    kept: Kept[tuple[Adaptation, Preprocessing]] = Kept(bounds)
     # The usual pages of documentation load their scripts from a CDN.
     app = FastAPI(title="innerloop", version=__version__, description=DESCRIPTION, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, hosts=hosts)
@@ -70,25 +72,35 @@ def create_app(trained: MetaTrained, limits: Limits | None = None, hosts: frozen
         responses=_failures(400, 413, 415, 422, 503),
     )
     async def adapt(
-        request: Request, steps: int | None = Query(None, description="Inner steps; by default those of the model.")
+        request: Request,
+        steps: int | None = Query(None, description="Inner steps; by default those of the model."),
+        weighing: Weighing | None = Query(None, description="What counts the same; by default every class."),  # noqa: B008
     ) -> Adapted:
         """Adapt the model to examples of at least two classes. The answer's id names the classifier from then on."""
         if steps is not None and not 1 <= steps <= bounds.steps:
             raise RefusedError(422, f"steps must be between 1 and {bounds.steps}, not {steps}.")
         support = await read_support(request, bounds)
 
-        def adapted() -> tuple[Adaptation, list[float], list[float]]:
-            images = iter(decode((u for uploads in support.values() for u in uploads), trained.preprocessing, bounds))
+        def adapted() -> tuple[tuple[Adaptation, Preprocessing], list[float], list[float]]:
+            everything = [u for uploads in support.values() for u in uploads]
+            preprocessing = trained.preprocessing
+            if preprocessing.bits is None:
+                preprocessing = replace(preprocessing, bits=bits_of(everything, bounds))
+            images = iter(decode(everything, preprocessing, bounds))
             by_class = {name: [next(images) for _ in uploads] for name, uploads in support.items()}
             with _in_words():
-                adaptation = trained.adaptation(by_class, steps=steps)
-                return adaptation, adaptation.support_losses.tolist(), adaptation.support_accuracies.tolist()
+                how: dict[str, Any] = {} if weighing is None else {"weighing": weighing}
+                how |= {} if preprocessing.bits is None else {"bits": preprocessing.bits}
+                adaptation = trained.adaptation(by_class, steps=steps, **how)
+                losses, accuracies = adaptation.support_losses.tolist(), adaptation.support_accuracies.tolist()
+                return (adaptation, preprocessing), losses, accuracies
 
-        adaptation, losses, accuracies = await gate.run(adapted)
+        made, losses, accuracies = await gate.run(adapted)
+        adaptation, _ = made
         if not all(map(math.isfinite, losses)):
             raise RefusedError(422, "The inner loop diverged on these examples; take fewer steps or other examples.")
         return Adapted(
-            id=kept.keep(adaptation, _size(adaptation)),
+            id=kept.keep(made, _size(adaptation)),
             classes=list(adaptation.classes),
             steps=adaptation.steps,
             support_losses=losses,
@@ -104,11 +116,11 @@ def create_app(trained: MetaTrained, limits: Limits | None = None, hosts: frozen
     )
     async def predict(id: str, request: Request) -> Predicted:
         """Class probabilities of images after each inner step."""
-        adaptation = kept.get(id)
+        adaptation, preprocessing = kept.get(id)
         uploads = await read_queries(request, bounds)
 
         def probabilities() -> Tensor:
-            images = decode(uploads, trained.preprocessing, bounds)
+            images = decode(uploads, preprocessing, bounds)
             with _in_words():
                 return adaptation.probabilities(images)
 

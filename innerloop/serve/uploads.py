@@ -19,6 +19,7 @@ from python_multipart.multipart import File, FormParser, parse_options_header
 from starlette.requests import Request
 
 from innerloop.data import Preprocessing
+from innerloop.data.depth import bits_in_use, largest_value, may_be_deep
 from innerloop.data.images import Pixels
 from innerloop.serve.limits import Limits, RefusedError, plural
 
@@ -127,6 +128,23 @@ def decode(uploads: Iterable[Upload], preprocessing: Preprocessing, limits: Limi
         opened.append((upload, image))
     as_they_are = replace(preprocessing, invert=False)
     return [_decoded(upload, image, as_they_are) for upload, image in opened]
+
+
+def bits_of(uploads: Iterable[Upload], limits: Limits) -> int | None:
+    """How many bits the 16-bit images among them use; None where there are none.
+
+    Raises ``RefusedError`` as ``decode``.
+    """
+    opened = ((upload, _opened(upload, limits)) for upload in uploads if may_be_deep(upload.content))
+    return bits_in_use([_largest(upload, image) for upload, image in opened])
+
+
+def _largest(upload: Upload, image: Image.Image) -> int:
+    with image:
+        try:
+            return largest_value(image)
+        except Exception as error:
+            raise RefusedError(422, f"{upload.title} is damaged and cannot be read.") from error
 
 
 def _decoded(upload: Upload, image: Image.Image, preprocessing: Preprocessing) -> Pixels:

@@ -7,7 +7,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import innerloop.nn
 from innerloop.data import (
@@ -22,6 +22,7 @@ from innerloop.data import (
     strokes,
 )
 from innerloop.learner import MetaLearner
+from innerloop.network import Loss
 from innerloop.training.config import Config, ConfigError, DataConfig
 from innerloop.training.distributed import ALONE, DistributedWorkers, Ranks
 from innerloop.training.memory import keep_freed_memory
@@ -107,6 +108,7 @@ def build_preprocessing(config: Config) -> Preprocessing:
         mean=_IMAGENET_MEAN if colour else None,
         std=_IMAGENET_STD if colour else None,
         ink="bright" if bright else None,
+        bits=data.bits or None,
     )
 
 
@@ -144,6 +146,7 @@ def _images(data: DataConfig, preprocessing: Preprocessing, seed: int, progress:
         at_least=data.shots + data.queries,
         fit=preprocessing.fit,
         invert=preprocessing.invert,
+        bits=preprocessing.bits,
         seed=seed,
         skip_broken=data.skip_broken,
         progress=progress,
@@ -181,22 +184,17 @@ def build_workers(
     return Workers(learner, source, processes, threads, capture=capture)
 
 
-def build_learner(config: Config, device: torch.device, loss_scale: float = 1.0) -> MetaLearner:
-    """The config's network with freshly drawn weights, in a MetaLearner of its method and ``loss_scale`` x its loss."""
+def build_learner(config: Config, device: torch.device, loss: Loss | None = None) -> MetaLearner:
+    """The config's network with freshly drawn weights, in a MetaLearner of its method and ``loss``, if not its own."""
     torch.manual_seed(config.compute.seed)
     network = build_network(config).to(device)
     if device.type == "cpu":
         # Convolutions of these shapes run two to three times faster channels-last on CPUs.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    loss = F.mse_loss if config.regression else F.cross_entropy
     compute = config.compute
-
-    def scaled(outputs: Tensor, targets: Tensor) -> Tensor:
-        return loss_scale * loss(outputs, targets)
-
     return MetaLearner(
         network,
-        loss if loss_scale == 1.0 else scaled,
+        loss or (F.mse_loss if config.regression else F.cross_entropy),
         config.method,
         compute.mode,
         stored_steps=compute.stored_steps,

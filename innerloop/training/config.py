@@ -20,8 +20,8 @@ Count = Annotated[int, Field(ge=0, le=MOST)]
 Threads = Annotated[int, Field(ge=0, le=1024)]
 Steps = Annotated[int, Field(ge=0, le=10_000)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, le=MAX_RATE)]
 Precision = Literal["float32", "tf32", "bf16"]
+Rate = Annotated[float, Field(gt=0, le=MAX_RATE)]
 
 
 MESSAGE = 2000
@@ -64,6 +64,8 @@ class DataConfig:
     """Shares of a folder's classes for training, validation and test, where it has no train, val and test folders."""
     invert: bool = False
     """A folder's images are dark ink on a light page: turn them over, so that ink is bright."""
+    bits: Annotated[int, Field(ge=0, le=16)] = 0
+    """Bits that the values of a folder's 16-bit images use, such as 12 (0: found over all images, and recorded)."""
     centre: bool = False
     """Drawings are cut to their ink and laid in the middle at one size, wherever and however large they were drawn."""
     splits_dir: Path | None = None
@@ -227,6 +229,8 @@ def config_from_json(values: dict[str, Any]) -> Config:
         raise ConfigError(f"--dataset {config.data.dataset} has grey images: --channels 1, not {config.data.channels}")
     if config.data.dataset == "mini-imagenet" and config.data.channels != 3:
         raise ConfigError("--dataset mini-imagenet has colour images: --channels 3, not 1")
+    if 0 < config.data.bits < 8:
+        raise ConfigError(f"--bits {config.data.bits}: values of 16-bit images use 8 to 16 bits; 0 finds how many")
     if config.data.centre and config.data.dataset in ("mini-imagenet", "sinusoid"):
         raise ConfigError(f"--centre is for drawings, and --dataset {config.data.dataset} has none")
     return config

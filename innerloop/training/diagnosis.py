@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from innerloop.closed_forms import ClosedForms
 from innerloop.inner_loop import MetaParameters
 from innerloop.learner import MetaLearner
-from innerloop.network import random_state, set_random_state
+from innerloop.model_state import random_state, set_random_state
 from innerloop.tasks import Examples, Task, select_task
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from innerloop.data import Split
-from innerloop.network import Normalisation
+from innerloop.norm_layers import Normalisation
 from innerloop.tasks import stacked
 from innerloop.training.workers import TaskOutputs, Workers
 from innerloop.update_rules import Tensors

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from innerloop import schedules
 from innerloop.data import TaskSource
 from innerloop.learner import MetaLearner, NonFiniteLossError
-from innerloop.network import random_state, set_random_state
+from innerloop.model_state import random_state, set_random_state
 from innerloop.reports.formats import METRICS_VERSION, SUMMARY_VERSION
 from innerloop.training.building import build_device, build_learner, build_tasks, build_workers
 from innerloop.training.checkpoints import CheckpointError, load_checkpoint, save_checkpoint, write_json
@@ -125,6 +125,9 @@ def train(
     device = build_device(config, ranks)
     with ranks.first_on_each_machine():
         source = build_tasks(config, device, progress=progress.shown)
+    bits = getattr(source, "bits", None)
+    if bits and not config.data.bits:  # what was found is recorded, for images that come later
+        config = replace(config, data=replace(config.data, bits=bits))
     learner = build_learner(config, device)
     optimizer = torch.optim.Adam(learner.parameters(), lr=config.outer.outer_lr)
     ranks.shared(lambda: None if folder.created else folder.create(preset, config))
@@ -494,6 +497,8 @@ def best_checkpoints(folder: RunFolder, epochs: list[int], ranks: Ranks = ALONE)
 
 def best_epochs(folder: RunFolder) -> tuple[list[int], list[str]]:
     """Epochs whose checkpoints are kept and whole, the best on validation first; and what is wrong with others.
+
+    A run that was published without the state to go on from has checkpoints that say how good they are.
 
     Raises:
         CheckpointError: the run's states cannot be read, or none of its best checkpoints.

@@ -26,7 +26,7 @@ from innerloop.captured import CapturedGradients
 from innerloop.data import Split, TaskSource
 from innerloop.learner import MetaBatchResult, MetaLearner
 from innerloop.meta_gradients import TaskGradient
-from innerloop.network import Normalisation
+from innerloop.norm_layers import Normalisation
 from innerloop.tasks import Task
 from innerloop.training.memory import keep_freed_memory
 

@@ -155,7 +155,7 @@ def test_with_fewer_classes_an_image_moves_the_weights_as_far_as_in_training(
     """A run of 5-way tasks. From a head of zeros, the biases of the first step by hand."""
     support = {f"class {i}": [shapes("dot", i)] for i in range(ways)}
     support["class 0"].append(shapes("bar"))
-    adaptation = any_ways.adaptation(support)
+    adaptation = any_ways.adaptation(support, weighing="images")
     bias = adaptation.fast_weights[1]["head.bias"]
     images = torch.tensor([2.0] + [1.0] * (ways - 1))
     by_hand = 0.4 * share * (images / (ways + 1) - 1 / ways)  # cross-entropy at equal logits: mean of p - y

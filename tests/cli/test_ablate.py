@@ -23,7 +23,20 @@ from innerloop.cli.main import main
 from innerloop.training.config import ConfigError
 from innerloop.training.grids import ABLATION, GRIDS
 
-TINY = ["--filters", "4", "--epochs", "2", "--iterations", "2", "--val-tasks", "2", "--test-tasks", "2", "--meta-batch", "1"]
+TINY = [
+    "--filters",
+    "4",
+    "--epochs",
+    "2",
+    "--iterations",
+    "2",
+    "--val-tasks",
+    "2",
+    "--test-tasks",
+    "2",
+    "--meta-batch",
+    "1",
+]
 TINY += ["--inner-steps", "2"]
 IMAGES = ["--data", "images", "--ways", "2", "--queries", "1", "--image-size", "16"]
 GRID = ["ablation", "--preset", "folder", *IMAGES, "--rows", "maml", "mamlpp", "--jobs", "2", *TINY]

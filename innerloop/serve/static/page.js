@@ -197,7 +197,7 @@ async function learn() {
   update();
   try {
     const before = adapted;
-    adapted = await adapt(examples);
+    adapted = await adapt(examples, $("weigh-images").checked ? "images" : null);
     if (before) forget(before.id);
     prediction = null;
     step = adapted.steps;
@@ -313,6 +313,8 @@ function showAdaptation() {
     !adapting && (!adapted || changed) && lacking ? lacking.text
     : adapted && !changed ? `${percent(adapted.support_accuracies.at(-1))} of your examples are recognised after ${plural(adapted.steps, "step")}; ${percent(adapted.support_accuracies[0])} before.`
     : "";
+  const counts = classes.map((one) => one.examples.length);
+  $("weighing").hidden = Math.max(...counts) === Math.min(...counts);
   $("loss").hidden = !adapted;
   $("notes").hidden = !adapted?.notes.length;
   $("notes").querySelector("ul").replaceChildren(...(adapted?.notes ?? []).map((note) => {

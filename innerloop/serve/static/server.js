@@ -9,8 +9,12 @@ export class Problem extends Error {
 
 export const info = () => call("api/info");
 
-/** @param {[string, string[]][]} classes names, each with data: URLs */
-export const adapt = (classes) => call("api/adapt", post({ classes: Object.fromEntries(classes) }));
+/**
+ * @param {[string, string[]][]} classes names, each with data: URLs
+ * @param {"classes" | "images" | null} weighing what counts the same; null for the server's default
+ */
+export const adapt = (classes, weighing) =>
+  call(`api/adapt${weighing ? `?weighing=${weighing}` : ""}`, post({ classes: Object.fromEntries(classes) }));
 
 export const predict = (id, url, signal) => call(`api/predict/${id}`, { ...post({ images: [url] }), signal });
 
