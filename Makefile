@@ -36,6 +36,7 @@ audit: $(VENV)/.installed-dev
 	$(BIN)/pip-audit --local --skip-editable
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "making the environment $(VENV), once: PyTorch is large"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	touch $@

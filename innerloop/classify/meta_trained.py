@@ -211,9 +211,7 @@ class MetaTrained:
         config = replace(
             self.config,
             data=replace(self.config.data, ways=ways),
-            compute=ComputeConfig(
-                seed=self.config.compute.seed, device="cpu"
-            ),  # what belongs to a machine is this one's
+            compute=ComputeConfig(),  # the run's own is that of the machine it was trained on
         )
         # A stranger's config may ask for more than its checkpoint holds, and than there is of memory: shapes first.
         with torch.random.fork_rng(devices=[]), torch.device("meta"):

@@ -40,12 +40,12 @@ class EvaluateArguments:
     """Folder of the data set, where it is not the run's."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
-    precision: Precision = "float32"
-    """Of convolutions, on this machine; tf32 is a GPU's."""
     threads: Threads = 0
     """CPU threads of each process (0: the cores shared out over the processes)."""
     processes: Threads = 0
     """Processes that tasks are shared out to, on a CPU (0: one for each core that helps)."""
+    precision: Precision = "float32"
+    """Of convolutions, whatever the run was trained in; tf32 (a GPU's) and bf16 are faster and round more."""
     devices: int = 0
     """Ranks on this machine: GPUs where there are any, else CPU processes (0: one, or what torchrun starts)."""
     timeout: float = TIMEOUT_SECONDS
@@ -72,13 +72,13 @@ def _run(arguments: Sequence[str], ranks: Ranks) -> int:
     config = replace(
         config,
         data=replace(config.data, data=chosen.data or config.data.data),
-        # What belongs to a machine is this one's.
+        # Of the run's own settings only the seed says what the tasks are; the others were its machine's.
         compute=ComputeConfig(
             seed=config.compute.seed,
             device=chosen.device,
-            precision=chosen.precision,
             threads=chosen.threads,
             processes=chosen.processes,
+            precision=chosen.precision,
         ),
     )
     progress = Progress(shown=ranks.main and not chosen.json)

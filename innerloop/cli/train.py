@@ -20,7 +20,6 @@ from innerloop.cli.tables import print_test
 from innerloop.methods import METHODS
 from innerloop.training.config import PRESETS, Config, ConfigError, config_to_json, validated
 from innerloop.training.distributed import TIMEOUT_SECONDS, Ranks, joined, launch, restarted
-from innerloop.training.figures import write_figures
 from innerloop.training.progress import Progress
 from innerloop.training.run_folder import RunFolder
 from innerloop.training.trainer import FinishedRun, InterruptedRunError, train
@@ -60,6 +59,9 @@ def run(arguments: Sequence[str]) -> int:
     if not ranks.main:
         return 0
     with plan.progress.waiting("drawing figures"):
+        # Only now: what draws them takes a fifth of the time to import all of this.
+        from innerloop.training.figures import write_figures
+
         figures = write_figures(plan.folder.path, plan.config.test_steps, finished.source, finished.learner)
     if plan.json:
         print(json.dumps(finished.summary))

@@ -52,10 +52,13 @@ def build_device(config: Config, ranks: Ranks = ALONE) -> torch.device:
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name} cannot be used: {reason}; --device auto takes what there is") from None
     tf32 = config.compute.precision == "tf32"
     if tf32 and device.type != "cuda":
-        raise ConfigError(f"--precision tf32 is a GPU's, and this is on {device}: give --precision float32 (or bf16)")
+        raise ConfigError(
+            f"--precision tf32 is a GPU's, and this run is on {device}: give --precision float32, or bf16"
+        )
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
     return device
@@ -166,7 +169,7 @@ def build_workers(
         processes = 1
     elif device.type != "cpu":
         if processes > 1:
-            raise ConfigError(f"--processes {processes} is for the CPU, and this run is on {device}")
+            raise ConfigError(f"--processes {processes} is for the CPU, and this run is on {device}: --processes 0")
         processes = 1
     elif not processes:
         # The sinusoid network is so small that its tasks run as one vmapped computation.

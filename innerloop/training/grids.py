@@ -138,7 +138,8 @@ class Cell:
     def start(self, preset: str, arguments: Sequence[str], threads: int) -> None:
         """Start the run, or go on with it."""
         if (self.folder / "config.json").is_file():
-            command = ["--resume", str(self.folder)]
+            # The settings are the run's already; where it is computed, and where its data are, may have changed.
+            command = ["--resume", str(self.folder), *arguments, *self.row.arguments]
         else:
             command = [preset, *train_arguments(self.row, self.seed, arguments), "--out", str(self.folder)]
         self.folder.parent.mkdir(parents=True, exist_ok=True)

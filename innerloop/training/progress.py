@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +12,15 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+from innerloop.training.time_left import duration
 
 
 class Bar:
@@ -31,12 +35,28 @@ class Bar:
             self._progress.update(self._task, advance=steps, status=status)
 
 
+class _Left(TimeRemainingColumn):
+    """The time left of all of the work, where it is known; otherwise of the bar."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(compact=True)
+        self.progress = progress
+
+    def render(self, task: Task) -> Text:
+        """The text beside the bar."""
+        left = self.progress.remaining()
+        return super().render(task) if left is None else Text(duration(left), style="progress.remaining")
+
+
 class Progress:
     """Progress on standard error, so that standard output stays a result. Not ``shown``: silent."""
 
     def __init__(self, shown: bool = True) -> None:
         self.shown = shown
         self.console = Console(stderr=True, quiet=not shown)
+        self._estimated = False
+        self.remaining: Callable[[], float | None] = lambda: None
+        """Seconds that all of the work still takes, where it has more parts than the bar shown; None: not known."""
 
     def warn(self, message: str) -> None:
         """Something that went wrong and is to be seen whether or not progress is."""
@@ -56,7 +76,7 @@ class Progress:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(compact=True),
+            _Left(self),
             TimeElapsedColumn(),
             TextColumn("{task.fields[status]}"),
         )
@@ -72,6 +92,12 @@ class Progress:
         with self.console.status(what):
             yield
 
+    def estimate(self, words: str | None) -> None:
+        """How long all will take, the first time that it is known."""
+        if words and not self._estimated:
+            self.console.print(words, highlight=False)
+            self._estimated = True
+
     def epoch(self, record: Mapping[str, Any], epochs: int) -> None:
         """A line for a finished epoch."""
         if record["val_accuracy"] is None:
@@ -83,15 +109,11 @@ class Progress:
         else:
             val = f"{record['val_accuracy']:.2%} ± {record['val_interval']:.2%}"
             figures = f"train {record['train_accuracy']:.2%}  validation {val}"
-        left = record["seconds"] / record["epoch"] * (epochs - record["epoch"])
+        left = self.remaining()
         self.console.print(
             f"epoch {record['epoch']}/{epochs}  {figures} ({record['val_tasks']} tasks)  "
             f"order {record['derivative_order']}  outer rate {record['outer_lr']:.1e}  "
-            f"{record['tasks_per_second']:.1f} tasks/s  about {_duration(left)} left",
+            f"{record['tasks_per_second']:.1f} tasks/s" + ("" if left is None else f"  about {duration(left)} left"),
             highlight=False,
             soft_wrap=True,
         )
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -75,12 +75,6 @@ class RunFolder:
         return self.checkpoints / f"epoch-{epoch:04d}.safetensors"
 
     @property
-    def kept_epochs(self) -> list[int]:
-        """Epochs with a checkpoint of their own."""
-        names = (path.stem.removeprefix("epoch-") for path in self.checkpoints.glob("epoch-*.safetensors"))
-        return sorted(int(name) for name in names if name.isdecimal())
-
-    @property
     def metrics(self) -> Path:
         """One JSON object a finished epoch."""
         return self.path / "metrics.jsonl"
@@ -240,6 +234,42 @@ class RunFolder:
         if epochs and not good:
             raise CheckpointError(f"none of the checkpoints of {self.path} can be read: {'; '.join(wrong)}")
         return good, wrong
+
+    def ranked(self) -> tuple[list[int], list[str]]:
+        """Epochs whose checkpoints are whole, the best by their own word first; what is wrong with others.
+
+        Raises:
+            CheckpointError: there are some, and none is whole.
+        """
+        found, wrong = [], []
+        for path in sorted(self.checkpoints.glob("epoch-[0-9]*.safetensors")):
+            try:
+                header = load_checkpoint(path)[1]
+                value, epoch = header.get("val"), header.get("epoch")
+                if not (isinstance(value, int | float) and isinstance(epoch, int)):
+                    raise CheckpointError(f"{path} does not say its epoch and how good it is")
+                if path != self.epoch_checkpoint(epoch):
+                    raise CheckpointError(f"{path} says that it is of epoch {epoch}")
+            except CheckpointError as error:
+                wrong.append(str(error))
+            else:
+                found.append((value, epoch))
+        if wrong and not found:
+            raise CheckpointError(f"none of the checkpoints of {self.path} can be read: {'; '.join(wrong)}")
+        return [epoch for _, epoch in sorted(found, reverse=True)], wrong
+
+    def require_state_or_none_yet(self) -> None:
+        """Raise ``ConfigError`` where training has come further than its first epoch and the state is not there.
+
+        A run as it is published has its best checkpoints only: to begin it anew would write over its record.
+        """
+        if self.started or not self.metrics.is_file():
+            return
+        if self.summary.is_file() or self.metrics.read_bytes().count(b"\n") > 1:
+            raise ConfigError(
+                f"{self.path} has no state to go on from ({self.latest} is missing). It can be evaluated and adapted; "
+                "to train it again, take its config.json's settings and another folder"
+            )
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one epoch's metrics, and see them on the disk.

@@ -29,6 +29,7 @@ from innerloop.training.environment import environment
 from innerloop.training.evaluation import Evaluation, TestResult, evaluate, evaluate_checkpoints, score
 from innerloop.training.progress import Progress
 from innerloop.training.run_folder import RunFolder
+from innerloop.training.time_left import RunTimeLeft
 from innerloop.training.workers import Workers
 from innerloop.update_rules import Tensors
 
@@ -118,8 +119,9 @@ def train(
         WorkerError: a worker process or a rank is gone.
         CheckpointError: no saved state, or none of the best checkpoints, can be read.
         WriteError: the disk is full, say; the last good state is kept.
-        ConfigError: another process is training this run.
+        ConfigError: another process is training this run, or it has been trained and has no state to go on from.
     """
+    ranks.shared(folder.require_state_or_none_yet)
     device = build_device(config, ranks)
     with ranks.first_on_each_machine():
         source = build_tasks(config, device, progress=progress.shown)
@@ -181,6 +183,11 @@ class _Training:
     """Signals that ask the run to stop."""
     ranks: Ranks
     done: Progression = field(default_factory=Progression)
+    left: RunTimeLeft = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = RunTimeLeft(self.config, first_order=self.learner.mode == "first-order")
+        self.progress.remaining = self.left.total
 
     @property
     def learner(self) -> MetaLearner:
@@ -192,6 +199,7 @@ class _Training:
         if outer.on_divergence == "rollback":
             self._keep_epoch_start()
         last_save = time.monotonic()
+        self.left.plan(self.done.epoch, self.done.sums.iterations)
         with self.progress.task(f"epoch {self.done.epoch + 1}/{outer.epochs}", outer.iterations, started_at) as bar:
             while (before := self.done.sums.iterations) < outer.iterations:
                 started = time.monotonic()
@@ -199,7 +207,9 @@ class _Training:
                 elapsed = time.monotonic() - started
                 self.done.sums.seconds += elapsed
                 self.done.seconds += elapsed
+                self.left.done(self.left.training(self.done.epoch), self.done.sums.iterations - before)
                 bar.advance(self.done.sums.iterations - before, self._status())
+                self.progress.estimate(self.left.words())
                 stop = self.ranks.agreed(self.caught)
                 if stop or time.monotonic() - last_save > SAVE_EVERY_SECONDS:
                     self.save()
@@ -261,9 +271,11 @@ class _Training:
 
     def _validate(self) -> Evaluation:
         tasks = self.config.evaluation.val_tasks
+        self.left.mark()
         with self.progress.task("validation", tasks) as bar:
 
             def tick(done: int) -> None:
+                self.left.done("validation", done)
                 bar.advance(done)
                 if stop := self.ranks.agreed(self.caught):
                     self.save()
@@ -284,9 +296,12 @@ class _Training:
         epochs, damage = self.ranks.shared(lambda: self.folder.usable(best))
         for what in damage:
             self.warn("damaged", f"{what}. Tested without it")
+        self.left.units["test"] = tasks * len(epochs)
+        self.left.mark()
         with self.progress.task("test", tasks * len(epochs)) as bar:
 
             def tick(done: int) -> None:
+                self.left.done("test", done)
                 bar.advance(done)
                 if stop := self.ranks.agreed(self.caught):
                     raise InterruptedRunError(stop)
@@ -301,7 +316,6 @@ class _Training:
         config, done, sums, last = self.config, self.done, self.done.sums, validation.last["batch"]
         iterations = done.epoch * config.outer.iterations + sums.iterations
         updates = sums.updates or math.nan  # an epoch without an update has no mean
-        first_order = self.learner.mode == "first-order"
         return {
             "version": METRICS_VERSION,
             "epoch": done.epoch + 1,
@@ -309,7 +323,7 @@ class _Training:
             "seconds": round(done.seconds, 3),
             "tasks_per_second": round(self._speed(), 2),
             "outer_lr": outer_rate(config, iterations - 1) * done.rate_factor,
-            "derivative_order": 1 if first_order else config.method.derivative_order(done.epoch),
+            "derivative_order": self.left.order(done.epoch),
             "loss_weights": config.method.loss_weights(done.epoch),
             "skipped_updates": sums.skipped,
             "train_loss": sums.loss / updates,
@@ -419,7 +433,8 @@ class _Training:
             self.folder.set_aside_damage(state)
             self.folder.keep_metrics_until(self.done.epoch)
             self.folder.tidy()
-            self.folder.note("resumed", f"went on at {at}", checkpoint=state.path.name)
+            compute = {"device": str(self._device), "precision": self.config.compute.precision}
+            self.folder.note("resumed", f"went on at {at}", checkpoint=state.path.name, **compute)
         if state.damage:
             self.warn("damaged", f"{state.damage} ({at})")
 
@@ -487,14 +502,12 @@ def best_epochs(folder: RunFolder) -> tuple[list[int], list[str]]:
 
     Raises:
         CheckpointError: the run's states cannot be read, or none of its best checkpoints.
+        ConfigError: the folder is not a run.
     """
     if not folder.started:
-        good, damage = folder.usable(folder.kept_epochs)
-        values = {epoch: load_checkpoint(folder.epoch_checkpoint(epoch))[1].get("val") for epoch in good}
-        if not all(isinstance(value, int | float) for value in values.values()):
-            raise CheckpointError(f"the checkpoints of {folder.path} do not say how good they are")
-        best_first = sorted(good, key=lambda epoch: (values[epoch], epoch), reverse=True)
-        return best_first, [f"{what}. Tested without it" for what in damage]
+        # A run as it is published: its checkpoints say themselves how good they are.
+        good, damage = folder.ranked()
+        return good[: folder.read_config()[1].evaluation.ensemble], [f"{what}. Tested without it" for what in damage]
     state = folder.load_state()
     try:
         best = Progression.from_json(state.values).best

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import signal
@@ -10,23 +12,66 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import BinaryIO
 
 import pytest
+from PIL import Image
 
 from innerloop.cli.ablate import run
 from innerloop.cli.main import main
 from innerloop.training.config import ConfigError
 from innerloop.training.grids import ABLATION, GRIDS
 
-TINY = ["--filters", "4", "--epochs", "2", "--iterations", "2", "--val-tasks", "2", "--test-tasks", "2"]
-GRID = ["ablation", "--preset", "quickstart", "--train-classes", "30", "--rows", "maml", "mamlpp", "--jobs", "2", *TINY]
+TINY = [
+    "--filters",
+    "4",
+    "--epochs",
+    "2",
+    "--iterations",
+    "2",
+    "--val-tasks",
+    "2",
+    "--test-tasks",
+    "2",
+    "--meta-batch",
+    "1",
+]
+TINY += ["--inner-steps", "2"]
+IMAGES = ["--data", "images", "--ways", "2", "--queries", "1", "--image-size", "16"]
+GRID = ["ablation", "--preset", "folder", *IMAGES, "--rows", "maml", "mamlpp", "--jobs", "2", *TINY]
 
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with images of ten classes."""
     monkeypatch.chdir(tmp_path)
+    for c in range(10):
+        folder = tmp_path / "images" / str(c)
+        folder.mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (16, 16), (25 * c, 100 * i, 0)).save(folder / f"{i}.png")
 
 
+@pytest.fixture
+def _in_this_process(monkeypatch: pytest.MonkeyPatch, _no_figures: None) -> None:
+    """A grid's runs are trained when they are started, without a process, whose start takes longer than they do."""
+
+    class Ended:
+        def __init__(self, command: list[str], stdout: BinaryIO, **options: object) -> None:
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                self.code = main(command[command.index("innerloop") + 1 :])
+            stdout.write(said.getvalue().encode())
+
+        def poll(self) -> int:
+            return self.code
+
+    stand_in = SimpleNamespace(Popen=Ended, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr("innerloop.training.grids.subprocess", stand_in)
+
+
+@pytest.mark.usefixtures("_in_this_process")
 def test_rows_are_trained_once_and_a_seed_more_is_added(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ablate", *GRID, "--seeds", "0", "--out", "grid", "--json"]) == 0
     states = json.loads(capsys.readouterr().out)["runs"]
@@ -73,6 +118,7 @@ def test_a_stopped_grid_goes_on() -> None:
     assert Path("grid/maml/seed-0/summary.json").exists()
 
 
+@pytest.mark.usefixtures("_in_this_process")
 def test_a_row_of_mini_imagenet_runs_on_generated_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "experiments"))
     generated = importlib.import_module("generated_mini_imagenet")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from innerloop.bench import measuring
 from innerloop.bench.cases import CASES, Case
 from innerloop.cli.main import main
 
@@ -62,3 +65,21 @@ def test_every_contender_takes_the_same_step(
             assert m["loss"] == pytest.approx(found["plain loop"]["loss"], rel=1e-4)
     assert found["innerloop"]["times_innerloop"] == {"median": 1.0, "min": 1.0, "max": 1.0}
     assert result["environment"]["torch"]
+
+
+def test_times_are_kept_of_one_that_dies_after_its_last_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextmanager
+    def running(case: Case, name: str) -> Iterator[Callable[[str], tuple[float, float]]]:
+        def ask(what: str) -> tuple[float, float]:
+            if what == "memory":
+                raise measuring.ContenderError(f"{name} died")
+            return 0.5, 1.0
+
+        yield ask
+
+    monkeypatch.setattr(measuring, "_running", running)
+    assert main(["bench", "omniglot-maml", "--contenders", "plain loop", "--rounds", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["cases"]["omniglot-maml"]["contenders"]["plain loop"]
+    assert (found["seconds"], found["memory"]) == ([0.5, 0.5], None)

@@ -95,6 +95,7 @@ def test_sinusoid_draws_the_adapted_curves(capsys: pytest.CaptureFixture[str]) -
     assert Path("run/figures/adapted_curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.usefixtures("_no_figures")
 def test_every_method_trains_from_the_command_line() -> None:
     for method in ("maml", "fomaml", "meta_sgd", "anil", "boil", "maml_plus_plus"):
         assert main(["train", "sinusoid", "--method", method, *TINY, "--json", "--out", method]) == 0
@@ -104,6 +105,7 @@ def test_every_method_trains_from_the_command_line() -> None:
         assert switches["second_order"] == (method != "fomaml")
 
 
+@pytest.mark.usefixtures("_no_figures")
 @pytest.mark.parametrize("switch", ["msl", "da", "bnrs", "bnwb", "lslr", "ca"])
 def test_every_repair_is_a_switch_on_plain_maml(images: Path, switch: str) -> None:
     assert main(folder_run(images, "--method", "maml", f"--{switch}", "--json", "--out", "run")) == 0
@@ -166,6 +168,7 @@ def test_bad_arguments_are_refused_before_any_work(
     assert says in error_of(capsys, *arguments)
 
 
+@pytest.mark.usefixtures("_no_figures")
 def test_an_existing_run_is_not_overwritten(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(folder_run(images, "--json", "--out", "run")) == 0
     capsys.readouterr()
@@ -174,6 +177,7 @@ def test_an_existing_run_is_not_overwritten(images: Path, capsys: pytest.Capture
     )
 
 
+@pytest.mark.usefixtures("_no_figures")
 def test_resuming_with_another_config_is_refused(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(folder_run(images, "--json", "--out", "run")) == 0
     capsys.readouterr()
@@ -185,6 +189,7 @@ def test_resuming_with_another_config_is_refused(images: Path, capsys: pytest.Ca
     assert main(["train", "--resume", "run", "--threads", "1", "--json"]) == 0  # where it runs may change
 
 
+@pytest.mark.usefixtures("_no_figures")
 def test_broken_images_are_named_and_can_be_skipped(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (images / "class 3" / "0.png").write_bytes(b"")
     (images / "class 4" / "bad.png").write_text("not an image")
@@ -197,6 +202,7 @@ def test_broken_images_are_named_and_can_be_skipped(images: Path, capsys: pytest
     assert "bad.png" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("_no_figures")
 def test_a_folder_as_people_have_them(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (images / "class 3" / "Thumbs.db").write_bytes(b"x")
     (images / "class 4" / "notes.txt").write_text("x")
@@ -263,6 +269,7 @@ def test_a_killed_run_can_be_evaluated_and_resumed(
     assert epochs == list(range(1, len(epochs) + 1))
 
 
+@pytest.mark.usefixtures("_no_figures")
 def test_a_folders_classes_are_shared_out_by_ratios(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # 9 classes: 3 for each split, so that 3 ways fit all of them, and no longer with 7 for training.
     assert main(folder_run(images, "--ways", "3", "--ratios", "0.34", "0.33", "0.33", "--json")) == 0
@@ -271,6 +278,7 @@ def test_a_folders_classes_are_shared_out_by_ratios(images: Path, capsys: pytest
     assert "0.9" in error_of(capsys, *folder_run(images, "--ratios", "0.9", "0.9", "0.9"))
 
 
+@pytest.mark.usefixtures("_no_figures")
 def test_mini_imagenet_takes_its_lists_from_elsewhere(images: Path, tmp_path: Path) -> None:
     (tmp_path / "lists").mkdir()
     (tmp_path / "flat").mkdir()
@@ -289,6 +297,7 @@ def test_mini_imagenet_takes_its_lists_from_elsewhere(images: Path, tmp_path: Pa
 
 
 @pytest.mark.omniglot
+@pytest.mark.usefixtures("_no_figures")
 def test_maml_plus_plus_trains_on_the_real_omniglot(omniglot_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = ["--data", str(omniglot_root), "--filters", "32", "--da-epochs", "1"]
     assert main(["train", "omniglot-20way-1shot", *source, *TINY, "--test-tasks", "40", "--json", "--out", "run"]) == 0
