@@ -97,6 +97,13 @@ def explained(model: nn.Module) -> Iterator[None]:
         yield
     except (UnsuitableModelError, BatchOfOneError):
         raise
+    except TypeError as error:
+        if "must be Tensor, not list" not in str(error):
+            raise
+        raise TypeError(
+            f"{error}: a list of tensors or arrays is given to the model as a list. If it is to be one tensor, stack "
+            "it: torch.stack(inputs)"
+        ) from error
     except (RuntimeError, ValueError) as error:
         message, where = str(error), _module_of(model, error.__traceback__)
         if isinstance(error, ValueError):

@@ -18,11 +18,13 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from innerloop import learning_rates, norm_layers, per_step
+from innerloop.diagnose import Finding
+from innerloop.diagnose import diagnose as findings_of
 from innerloop.explanations import UnsuitableModelError, check_loss, check_model, explained
 from innerloop.inner_loop import InnerLoop, MetaParameters
 from innerloop.meta_gradients import META_GRADIENTS, GradientMode, LossWeights, TaskGradient
 from innerloop.methods import Method, maml, whole_number
-from innerloop.model_state import copied, locked
+from innerloop.model_state import copied, functions_kept, locked
 from innerloop.network import Loss, Network
 from innerloop.norm_layers import Normalisation
 from innerloop.per_step import Statistics
@@ -180,6 +182,7 @@ class MetaLearner:
             for n, _ in model.get_submodule(layer).named_buffers()
         }
         self._copied = frozenset({*self.meta.per_step, *(self.statistics.per_step.keys() & frozen)})
+        self._counters = frozenset(n for n in self.statistics.per_step if n.endswith("num_batches_tracked"))
         network.state.check()
         self._rehearsed: set[str] = set()
         self.parallel: Parallel = parallel
@@ -210,7 +213,7 @@ class MetaLearner:
         """
         # Gradients are taken also where the caller has switched autograd off.
         with locked(self._model), torch.inference_mode(False), explained(self._model):
-            self.loop.network.state.check(self._copied)
+            self.loop.network.state.check(self._copied, self._counters)
             yield
 
     def parameters(self) -> Iterator[Tensor]:
@@ -364,7 +367,7 @@ class MetaLearner:
                     if not parameter.requires_grad:  # zero_init: adapted, and not learned
                         continue
                     gradient = reduce(torch.add, [getattr(p.gradient, group)[name] for p in parts]).detach() / size
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                    _accumulate(parameter, gradient)
             self.statistics.assign_mean(result.statistics)
         return outcome
 
@@ -559,6 +562,14 @@ class MetaLearner:
             self._rehearsed.add("copying")
         return adapted
 
+    def diagnose(self, tasks: Task | MetaBatch, epoch: float | None = None) -> list[Finding]:
+        """Why does it not learn? What is odd about the learner on a meta-batch, the likeliest reason first.
+
+        Nothing is changed. Inner loops are walked some six times a task; a dozen tasks tell enough. See
+        ``innerloop.diagnose``.
+        """
+        return findings_of(self, tasks, epoch)
+
     def _check_copy(
         self, adapted: nn.Module, theta: Tensors, steps: int, normalisation: Normalisation, inputs: Any
     ) -> None:
@@ -570,18 +581,29 @@ class MetaLearner:
             found = trial.answers(dict(adapted.named_parameters()), buffers, inputs)
         for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
             if isinstance(a, Tensor) and not torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True):
+                functions = ", ".join(functions_kept(self.model)) or "a function"
                 raise TypeError(
                     f"an adapted model is a copy, and a copy of {type(self.model).__name__} gives other answers: it "
-                    "keeps a function (a lambda, a hook, a compiled method) that calls the original's layers. Make it "
-                    "a method"
+                    f"keeps {functions} (a lambda, a hook, a compiled method), which calls the original's layers. Make "
+                    "it a method"
                 )
 
 
+def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
+    """As ``Tensor.backward`` adds to ``.grad``, with the hooks that people have put there."""
+    for hook in (parameter._backward_hooks or {}).values():
+        changed = hook(gradient)
+        gradient = gradient if changed is None else changed
+    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
+        hook(parameter)
+
+
 def _check_fast_weights(given: Any, adapted: Tensors) -> None:
-    """Raise ``ValueError`` for what no ``trajectory`` of the learner yielded."""
+    """Raise ``TypeError`` or ``ValueError`` for what no ``trajectory`` of the learner yielded."""
     expected = "fast_weights are what learner.trajectory yields, tensors by the names of the adapted parameters"
     if not isinstance(given, Mapping):
-        raise ValueError(f"{expected}; got a {type(given).__name__}")
+        raise TypeError(f"{expected}; got a {type(given).__name__}")
     if given.keys() != adapted.keys():
         missing, unknown = sorted(adapted.keys() - given.keys()), sorted(map(str, given.keys() - adapted.keys()))
         raise ValueError(f"{expected}; missing {missing}, unknown {unknown}")

@@ -52,6 +52,8 @@ class _Seen(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     version: int
+    value: int
+    """Of a counter; 0 of others."""
 
 
 class _Absent:
@@ -73,13 +75,14 @@ class ModelState:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy's tensors count their changes anew."""
         self.__dict__.update(state)
-        self._seen = {where: seen._replace(version=_version(seen.tensor)) for where, seen in self._seen.items()}
+        self._seen = {where: _seen(seen.tensor) for where, seen in self._seen.items()}
 
-    def check(self, copied: frozenset[str] = frozenset()) -> None:
+    def check(self, copied: frozenset[str] = frozenset(), counters: frozenset[str] = frozenset()) -> None:
         """Find the model to be the one that it was.
 
         Changes in place are the outer optimiser's, or ``load_state_dict``'s, and are fine; not so of the tensors named
-        in ``copied``, of which somebody made a copy.
+        in ``copied``, of which somebody made a copy. ``counters`` count calls in training; of statistics beside one
+        there are copies too, which calls may leave behind, and a loaded state may not.
 
         Raises:
             ModelChangedError: it is not.
@@ -102,6 +105,8 @@ class ModelState:
                 now.module._buffers[now.key] = seen.tensor
                 continue
             changed += _changes(slot, seen, tensor, slot.name in copied)
+            if slot.name in counters and _loaded(seen, tensor):
+                changed.append(f"{slot.where} was loaded, and the learner keeps statistics for every inner step")
         if changed:
             more = f", and {len(changed) - 5} more" if len(changed) > 5 else ""
             raise ModelChangedError(
@@ -201,6 +206,18 @@ def copied(model: nn.Module) -> nn.Module:
         raise
 
 
+def functions_kept(model: nn.Module) -> list[str]:
+    """Names of attributes that are functions, and of layers with hooks."""
+    found = []
+    for where, module in model.named_modules():
+        found += [
+            f"{where}.{n}".lstrip(".") for n, v in vars(module).items() if callable(v) and n not in _OF_EVERY_MODULE
+        ]
+        if module._forward_hooks or module._forward_pre_hooks:
+            found.append(f"a hook on {where or 'the model'}")
+    return found
+
+
 def _can_be_copied(value: Any, memo: dict[int, Any]) -> bool:
     try:
         copy.deepcopy(value, memo)
@@ -277,7 +294,13 @@ def _tensor(slot: _Slot) -> Tensor:
 
 
 def _seen(tensor: Tensor) -> _Seen:
-    return _Seen(tensor, tensor.requires_grad, tensor.shape, tensor.dtype, tensor.device, _version(tensor))
+    return _Seen(
+        tensor, tensor.requires_grad, tensor.shape, tensor.dtype, tensor.device, _version(tensor), _count(tensor)
+    )
+
+
+def _count(tensor: Tensor) -> int:
+    return int(tensor) if tensor.ndim == 0 and tensor.dtype == torch.long and tensor.device.type != "meta" else 0
 
 
 def _version(tensor: Tensor) -> int:
@@ -286,6 +309,12 @@ def _version(tensor: Tensor) -> int:
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+
+def _loaded(seen: _Seen, counter: Tensor) -> bool:
+    """Whether a counter of calls was set, and not counted up: each call adds 1 in one change."""
+    changes = _version(counter) - seen.version
+    return changes > 0 and _count(counter) - seen.value != changes
 
 
 def _changes(slot: _Slot, seen: _Seen, tensor: Tensor, copied: bool) -> list[str]:

@@ -85,7 +85,7 @@ def rehearse(
             gradients = _gradients(first.loss, moved, create_graph=second_order)
             if second_order:
                 _check_derivatives(network.model, gradients)
-            network.recomputes = _recomputes(network, moved, buffers, first.loss, gradients)
+            network.recomputes = _recomputes(network, moved, buffers, first.loss, gradients, second_order)
             put_back()
             try:
                 called(_others(examples))
@@ -181,10 +181,10 @@ def _check_derivatives(model: nn.Module, gradients: Mapping[str, Tensor]) -> Non
         name = node.name()
         if "CompiledFunction" in name:
             raise compiled_twice(model)
-        if name.rpartition("::")[2] in ("Error", "DelayedError", "NotImplemented"):
+        if name.rpartition("::")[2] in ("Error", "DelayedError"):
             raise UnsuitableModelError(
-                "a function of the model or the loss is differentiable once (once_differentiable), and a second-order "
-                "meta-gradient would leave its part out without a word. Take first-order meta-gradients "
+                "a function of the model or the loss is marked once_differentiable: it has no second derivative, and a "
+                "second-order meta-gradient would leave its part out without a word. Take first-order meta-gradients "
                 "(second_order=False, fomaml()), or write its backward in differentiable operations"
             )
 
@@ -220,8 +220,9 @@ def _recomputes(
     buffers: Mapping[str, Tensor],
     loss: Tensor,
     outside: Mapping[str, Tensor],
+    create_graph: bool,
 ) -> bool:
     """Whether a gradient is another one where the model has the exchanged tensors while it is taken: checkpointing."""
     with network.state.exchanged(parameters, {n: b.clone() for n, b in buffers.items()}):
-        inside = _gradients(loss, parameters, create_graph=False)
-    return not all(_close(inside[n], outside[n].detach()) for n in inside)
+        inside = _gradients(loss, parameters, create_graph)
+    return not all(_close(inside[n], outside[n]) for n in inside)

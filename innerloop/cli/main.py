@@ -17,6 +17,7 @@ innerloop: MAML and MAML++ for any PyTorch model.
 
   innerloop train [PRESET] [options]    meta-train; without a preset: quickstart, which needs no data
   innerloop evaluate RUN [options]      test a run on held-out classes
+  innerloop diagnose RUN [options]      why a run does not learn: what is odd, the likeliest reason first
   innerloop ablate [GRID] [options]     train the rows of a table from several seeds, and write the table
   innerloop report RUN... [options]     tables and figures of recorded runs, as one HTML page
   innerloop presets                     what there is to train
@@ -30,7 +31,19 @@ innerloop: MAML and MAML++ for any PyTorch model.
   innerloop --version
 """
 
-COMMANDS = ("train", "evaluate", "ablate", "report", "presets", "adapt", "predict", "export", "bench", "serve")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "diagnose",
+    "ablate",
+    "report",
+    "presets",
+    "adapt",
+    "predict",
+    "export",
+    "bench",
+    "serve",
+)
 """Each a module of this package with a function ``run(arguments)`` that returns the exit code."""
 
 # Exit codes, as said in the README: 2 is also what the argument parser itself exits with.
