@@ -20,6 +20,10 @@ from innerloop.reports.records import EpochRecord, RunRecords
 Array = NDArray[np.float64]
 
 
+_HALO = [withStroke(linewidth=2.5, foreground="white")]
+"""Keeps a text readable where a line passes behind it."""
+
+
 def accuracy_panel(axes: Axes, run: RunRecords) -> None:
     """Query accuracy after the last inner step over the epochs, of training and validation tasks."""
     epochs = _epoch_numbers(run)
@@ -276,7 +280,6 @@ def _mark_changes(axes: Axes, run: RunRecords, *, above: float = 0.0, falling: b
     Their notes stand at the fraction ``above`` of the panel's height, to leave room for a legend. Where the
     lines are ``falling`` with time, notes in the later part stand at the top instead, out of their way.
     """
-    halo = [withStroke(linewidth=2.5, foreground="white")]
     orders = {record.epoch: record.derivative_order for record in run.epochs}
     changes = [
         (epoch, "second-order from here" if orders[epoch] == 2 else "first-order from here")
@@ -291,7 +294,7 @@ def _mark_changes(axes: Axes, run: RunRecords, *, above: float = 0.0, falling: b
         axes.annotate(
             note, (epoch - 0.5, 1 if late else above), (2, -4 if late else 4),
             xycoords=("data", "axes fraction"), textcoords="offset points", rotation=90, ha="left",
-            va="top" if late else "bottom", fontsize=7, color=style.GREY, path_effects=halo, zorder=1,
+            va="top" if late else "bottom", fontsize=7, color=style.GREY, path_effects=_HALO, zorder=1,
         )  # fmt: skip
 
 
@@ -309,7 +312,7 @@ def _name_points(axes: Axes, steps: Array | NDArray[np.int_], values: Array) -> 
             axes.annotate(
                 f"{values[index]:.1f}", (float(steps[index]), values[index]), (-4, 6),
                 textcoords="offset points", ha="center", va="bottom", fontsize=7.5, color=style.VERMILLION,
-                fontweight="bold",
+                fontweight="bold", path_effects=_HALO, zorder=10,
             )  # fmt: skip
 
 
