@@ -18,6 +18,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from innerloop import learning_rates, norm_layers, per_step
+from innerloop.engines.compiled import Compiled
 from innerloop.explanations import UnsuitableModelError, check_loss, check_model, explained
 from innerloop.inner_loop import InnerLoop, MetaParameters
 from innerloop.meta_gradients import META_GRADIENTS, GradientMode, LossWeights, TaskGradient
@@ -43,6 +44,7 @@ from innerloop.update_rules import UPDATE_RULES, Tensors
 
 MetaBatch = tuple[tuple[Any, Any], tuple[Any, Any]]
 Parallel = Literal["auto", "loop", "vmap"]
+Compile = Literal["auto", "on", "off"]
 
 _GRAPH_IS_GONE = ("does not require grad", "backward through the graph a second time")
 
@@ -151,7 +153,10 @@ class MetaLearner:
         parallel: Parallel = "auto",
         stored_steps: int = 5,
         precision: Precision = "float32",
+        compile: Compile = "auto",
     ) -> None:
+        if compile not in get_args(Compile):
+            raise ValueError(f"compile must be one of {', '.join(get_args(Compile))}; got {compile!r}")
         if precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}; got {precision!r}")
         check_model(model)
@@ -187,6 +192,7 @@ class MetaLearner:
         convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
         small = sum(p.numel() for p in model.parameters()) < _SMALL_MODEL and not convolutional
         self._vmap = parallel == "vmap" or (parallel == "auto" and (small or not on_cpu))
+        self._compiled = Compiled(self.loop, self._vmap) if compile == "on" else None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse what would be read in part: a learner is made of its arguments once."""
@@ -340,7 +346,14 @@ class MetaLearner:
             second_order = plan.mode != "first-order"
             what = "second-order" if second_order else "first-order"
             self._rehearse(what, select_task(tasks, 0).support, second_order)
-            return self._vmapped(tasks, size, plan) or self._looped(tasks, size, plan)
+            if self._compiled is not None:
+                return self._compiled.gradients(
+                    self.meta, self.statistics, tasks, plan.weights, second_order, lambda: self._plain(tasks, size, plan)
+                )
+            return self._plain(tasks, size, plan)
+
+    def _plain(self, tasks: Task, size: int, plan: Plan) -> TaskGradient:
+        return self._vmapped(tasks, size, plan) or self._looped(tasks, size, plan)
 
     @property
     def vmapped(self) -> bool:
