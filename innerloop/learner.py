@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -187,6 +188,7 @@ class MetaLearner:
         self._copied = frozenset({*self.meta.per_step, *(self.statistics.per_step.keys() & frozen)})
         network.state.check()
         self._rehearsed: set[str] = set()
+        self._user: int | None = None
         self.parallel: Parallel = parallel
         on_cpu = all(p.device.type == "cpu" for p in self.meta.adapted.values())
         convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
@@ -214,10 +216,18 @@ class MetaLearner:
         Raises:
             ModelChangedError: it is another one by now.
         """
+        here = threading.get_ident()
+        if self._user == here:  # one method calls another
+            yield
+            return
         # Gradients are taken also where the caller has switched autograd off.
         with locked(self._model), torch.inference_mode(False), explained(self._model):
             self.loop.network.state.check(self._copied)
-            yield
+            self._user = here
+            try:
+                yield
+            finally:
+                self._user = None
 
     def parameters(self) -> Iterator[Tensor]:
         """All learned meta-parameters, for the outer optimiser."""
@@ -345,7 +355,8 @@ class MetaLearner:
             size = meta_batch_size(tasks)
             second_order = plan.mode != "first-order"
             what = "second-order" if second_order else "first-order"
-            self._rehearse(what, select_task(tasks, 0).support, second_order)
+            if what not in self._rehearsed:
+                self._rehearse(what, select_task(tasks, 0).support, second_order)
             if self._compiled is not None:
                 return self._compiled.gradients(
                     self.meta, self.statistics, tasks, plan.weights, second_order, lambda: self._plain(tasks, size, plan)
@@ -366,18 +377,22 @@ class MetaLearner:
         Raises:
             NonFiniteLossError: a loss was NaN or infinite; nothing was added.
         """
-        result = concatenated([_without_gradient(part) for part in parts])
+        result = concatenated([_without_gradient(part) for part in parts]) if len(parts) > 1 else parts[0]
         outcome = MetaBatchResult(result.loss.mean(), result.support_losses, result.query_losses, result.query_outputs)
         _check_finite(outcome, self.method.loss_weights(epoch or 0))
         size = len(result.loss)
         with self._in_use():
-            for group, parameters in self.meta._asdict().items():
-                for name in getattr(parts[0].gradient, group):
-                    parameter = parameters[name]
-                    if not parameter.requires_grad:  # zero_init: adapted, and not learned
-                        continue
-                    gradient = reduce(torch.add, [getattr(p.gradient, group)[name] for p in parts]).detach() / size
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            learned = [
+                (group, name, parameter)
+                for group, parameters in enumerate(self.meta)
+                for name, parameter in parameters.items()
+                # zero_init: adapted, and not learned; rates may be neither.
+                if parameter.requires_grad and name in parts[0].gradient[group]
+            ]
+            total = [[part.gradient[group][name].detach() for group, name, _ in learned] for part in parts]
+            mean = torch._foreach_div(reduce(torch._foreach_add, total), size)
+            for (_, _, parameter), gradient in zip(learned, mean, strict=True):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
             self.statistics.assign_mean(result.statistics)
         return outcome
 
@@ -616,6 +631,8 @@ def _without_gradient(result: TaskGradient) -> TaskGradient:
 
 def _check_finite(outcome: MetaBatchResult, weights: list[float]) -> None:
     """Raise at the first inner step with a loss that is NaN or infinite."""
+    if (outcome.loss + outcome.support_losses.sum()).isfinite():  # so are all losses that it is made of
+        return
     computed = torch.tensor([w != 0 for w in weights], device=outcome.query_losses.device)
     bad_support = ~outcome.support_losses.isfinite()
     bad_query = ~outcome.query_losses.isfinite() & computed

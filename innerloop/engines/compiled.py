@@ -342,17 +342,17 @@ class _Attributes:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._modules: list[nn.Module] = []
 
     def now(self) -> Hashable:
-        """All of them; equal as long as nothing has changed."""
-        return tuple(
-            (type(module), len(module._forward_hooks), len(module._forward_pre_hooks), *_plain(vars(module)))
-            for module in self._model.modules()
-        )
-
-
-def _plain(attributes: dict[str, Any]) -> list[Any]:
-    return [value for value in attributes.values() if type(value) in _PLAIN]
+        """All of them, and the modules; equal as long as nothing has changed."""
+        modules = list(self._model.modules())
+        if modules != self._modules:
+            self._modules = modules
+            attributes = [vars(module) for module in modules]
+            self._plain = [(a.get, name) for a in attributes for name, value in a.items() if type(value) in _PLAIN]
+            self._hooks = [hooks for a in attributes for hooks in (a["_forward_hooks"], a["_forward_pre_hooks"])]
+        return (*map(id, modules), *[get(name) for get, name in self._plain], *map(len, self._hooks))
 
 
 _PLAIN = (bool, int, float, str, type(None))

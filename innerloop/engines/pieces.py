@@ -133,15 +133,21 @@ class Layout:
 
 
 class Nest(NamedTuple):
-    """A nest of tensors and other things, without the tensors."""
+    """A nest of tensors and other things, without the tensors.
 
-    structure: pytree.TreeSpec
+    Attributes:
+        structure: of the nest; ``None`` for ``Examples`` of two tensors, which most are and which is quick to compare.
+        others: leaves; ``TENSOR`` in the places of tensors.
+    """
+
+    structure: pytree.TreeSpec | None
     others: tuple[Any, ...]
-    """Leaves; ``TENSOR`` in the places of tensors."""
 
     @classmethod
     def of(cls, tree: Any) -> tuple[Nest, Group]:
         """The nest, and its tensors."""
+        if type(tree) is Examples and isinstance(tree.inputs, Tensor) and isinstance(tree.targets, Tensor):
+            return cls(None, ()), list(tree)
         leaves, structure = pytree.tree_flatten(tree)
         others = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         return cls(structure, others), [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -149,6 +155,8 @@ class Nest(NamedTuple):
     def filled(self, tensors: Iterable[Tensor]) -> Any:
         """The tree with these tensors."""
         rest = iter(tensors)
+        if self.structure is None:
+            return Examples(*rest)
         return pytree.tree_unflatten([next(rest) if o is TENSOR else o for o in self.others], self.structure)
 
 

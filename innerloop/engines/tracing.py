@@ -74,7 +74,7 @@ def _by_inductor(graph: GraphModule, arguments: Sequence[Tensor], threads: int) 
         import torch._inductor
 
         made: Callable[..., Sequence[Tensor]] = torch._inductor.standalone_compile(
-            graph, list(arguments), options={"cpp.threads": threads}
+            graph, list(arguments), options={"config_patches": {"cpp.threads": threads}}
         )
         with torch.no_grad():
             made(*arguments)  # what fails, fails here
