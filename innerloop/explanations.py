@@ -22,7 +22,7 @@ class BatchOfOneError(ValueError):
 
 _COMPILED = (
     "a compiled model cannot be differentiated twice (torch.compile), and {name} is one. Give the MetaLearner the "
-    "model itself, not compiled; MetaLearner(..., compile='on'), or --compile on, compiles the meta-gradient instead. "
+    "model itself, not compiled; MetaLearner(..., compile='on') compiles the meta-gradient instead. "
     "First-order meta-gradients (second_order=False) take a compiled model"
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch.utils import _pytree as pytree
 from innerloop import learning_rates, norm_layers, per_step
 from innerloop.diagnose import Finding
 from innerloop.diagnose import diagnose as findings_of
+from innerloop.engines.compiled import Compiled
 from innerloop.explanations import UnsuitableModelError, check_loss, check_model, explained
 from innerloop.inner_loop import InnerLoop, MetaParameters
 from innerloop.meta_gradients import META_GRADIENTS, GradientMode, LossWeights, TaskGradient
@@ -45,6 +47,7 @@ from innerloop.update_rules import UPDATE_RULES, Tensors
 
 MetaBatch = tuple[tuple[Any, Any], tuple[Any, Any]]
 Parallel = Literal["auto", "loop", "vmap"]
+Compile = Literal["on", "off"]
 
 _GRAPH_IS_GONE = ("does not require grad", "backward through the graph a second time")
 
@@ -137,6 +140,10 @@ class MetaLearner:
         parallel: ``"loop"`` works through the tasks one by one, with memory for one; ``"vmap"`` does all at once, in
             mixed and first-order mode. ``"auto"`` is vmap on a GPU and for small models without convolutions, where
             overhead is what costs, and loop for others and for models that cannot be vmapped (``nn.LSTM``).
+        compile: ``"on"`` compiles the functions that an inner step repeats, with all derivatives in them, by PyTorch's
+            Inductor: a minute or less at the first step, then many times as fast for small models whose operations
+            cost more to start than to do, and of no use for convolutions. What cannot be compiled (dropout, control
+            flow by values, no C++ compiler) is computed as ever, with one warning. Exact modes are then the same walk.
 
     Raises:
         ValueError: no trainable parameter matches the method's patterns, the mode is unknown, or the model's parameters
@@ -153,7 +160,10 @@ class MetaLearner:
         parallel: Parallel = "auto",
         stored_steps: int = 5,
         precision: Precision = "float32",
+        compile: Compile = "off",
     ) -> None:
+        if compile not in get_args(Compile):
+            raise ValueError(f"compile must be one of {', '.join(get_args(Compile))}; got {compile!r}")
         if precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}; got {precision!r}")
         check_model(model)
@@ -185,11 +195,13 @@ class MetaLearner:
         self._counters = frozenset(n for n in self.statistics.per_step if n.endswith("num_batches_tracked"))
         network.state.check()
         self._rehearsed: set[str] = set()
+        self._user: int | None = None
         self.parallel: Parallel = parallel
         on_cpu = all(p.device.type == "cpu" for p in self.meta.adapted.values())
         convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
         small = sum(p.numel() for p in model.parameters()) < _SMALL_MODEL and not convolutional
         self._vmap = parallel == "vmap" or (parallel == "auto" and (small or not on_cpu))
+        self._compiled = Compiled(self.loop, self._vmap) if compile == "on" else None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse what would be read in part: a learner is made of its arguments once."""
@@ -211,10 +223,18 @@ class MetaLearner:
         Raises:
             ModelChangedError: it is another one by now.
         """
+        here = threading.get_ident()
+        if self._user == here:  # one method calls another
+            yield
+            return
         # Gradients are taken also where the caller has switched autograd off.
         with locked(self._model), torch.inference_mode(False), explained(self._model):
             self.loop.network.state.check(self._copied, self._counters)
-            yield
+            self._user = here
+            try:
+                yield
+            finally:
+                self._user = None
 
     def parameters(self) -> Iterator[Tensor]:
         """All learned meta-parameters, for the outer optimiser."""
@@ -342,8 +362,21 @@ class MetaLearner:
             size = meta_batch_size(tasks)
             second_order = plan.mode != "first-order"
             what = "second-order" if second_order else "first-order"
-            self._rehearse(what, select_task(tasks, 0).support, second_order)
-            return self._vmapped(tasks, size, plan) or self._looped(tasks, size, plan)
+            if what not in self._rehearsed:
+                self._rehearse(what, select_task(tasks, 0).support, second_order)
+            if self._compiled is not None:
+                return self._compiled.gradients(
+                    self.meta,
+                    self.statistics,
+                    tasks,
+                    plan.weights,
+                    second_order,
+                    lambda: self._plain(tasks, size, plan),
+                )
+            return self._plain(tasks, size, plan)
+
+    def _plain(self, tasks: Task, size: int, plan: Plan) -> TaskGradient:
+        return self._vmapped(tasks, size, plan) or self._looped(tasks, size, plan)
 
     @property
     def vmapped(self) -> bool:
@@ -356,18 +389,23 @@ class MetaLearner:
         Raises:
             NonFiniteLossError: a loss was NaN or infinite; nothing was added.
         """
-        result = concatenated([_without_gradient(part) for part in parts])
+        result = concatenated([_without_gradient(part) for part in parts]) if len(parts) > 1 else parts[0]
         outcome = MetaBatchResult(result.loss.mean(), result.support_losses, result.query_losses, result.query_outputs)
         _check_finite(outcome, self.method.loss_weights(epoch or 0))
         size = len(result.loss)
         with self._in_use():
-            for group, parameters in self.meta._asdict().items():
-                for name in getattr(parts[0].gradient, group):
-                    parameter = parameters[name]
-                    if not parameter.requires_grad:  # zero_init: adapted, and not learned
-                        continue
-                    gradient = reduce(torch.add, [getattr(p.gradient, group)[name] for p in parts]).detach() / size
-                    _accumulate(parameter, gradient)
+            learned = [
+                (group, name, parameter)
+                for group, parameters in enumerate(self.meta)
+                for name, parameter in parameters.items()
+                # zero_init: adapted, and not learned; rates may be neither.
+                if parameter.requires_grad and name in parts[0].gradient[group]
+            ]
+            total = [[part.gradient[group][name].detach() for group, name, _ in learned] for part in parts]
+            added: list[Tensor] = reduce(lambda a, b: list(torch._foreach_add(a, b)), total)
+            mean = torch._foreach_div(added, size)
+            for (_, _, parameter), gradient in zip(learned, mean, strict=True):
+                _accumulate(parameter, gradient)
             self.statistics.assign_mean(result.statistics)
         return outcome
 
@@ -625,6 +663,8 @@ def _without_gradient(result: TaskGradient) -> TaskGradient:
 
 def _check_finite(outcome: MetaBatchResult, weights: list[float]) -> None:
     """Raise at the first inner step with a loss that is NaN or infinite."""
+    if (outcome.loss + outcome.support_losses.sum()).isfinite():  # so are all losses that it is made of
+        return
     computed = torch.tensor([w != 0 for w in weights], device=outcome.query_losses.device)
     bad_support = ~outcome.support_losses.isfinite()
     bad_query = ~outcome.query_losses.isfinite() & computed

@@ -115,6 +115,93 @@ META_GRADIENTS: dict[GradientMode, MetaGradient] = {
 }
 
 
+class Ahead(NamedTuple):
+    """Inner step k: what it gives, and what the walk back needs of it.
+
+    Attributes:
+        theta: theta^{k+1}.
+        state: the update rule's.
+        statistics: those after the step's calls.
+        g: the support gradient g_k.
+        second_order: derivatives of g, where its graph was kept.
+        support_loss: what the step descended.
+        query_loss: after it; None where w_k is 0.
+        outputs: of the query set.
+        query_theta: w_k times the query loss's gradient by theta^{k+1}.
+        query_psi: the same by psi_k.
+    """
+
+    theta: Tensors
+    state: State
+    statistics: Statistics
+    g: Tensors
+    second_order: SecondOrder | None
+    support_loss: Tensor
+    query_loss: Tensor | None
+    outputs: Any
+    query_theta: Tensors
+    query_psi: Tensors
+
+
+class Back(NamedTuple):
+    """The walk back over inner step k: adjoints of theta^k and the state, and the step's share of other gradients."""
+
+    adjoint: Tensors
+    adjoint_state: State
+    psi: Tensors
+    rates: Tensors
+
+
+def ahead(
+    loop: InnerLoop,
+    theta: Tensors,
+    state: State,
+    psi: Tensors,
+    rates: Tensors,
+    statistics: Statistics,
+    k: int,
+    task: Task,
+    weight: Tensor | float,
+    keep_graph: bool,
+) -> Ahead:
+    """Inner step k, and the query loss after it if it counts."""
+    support = loop.gradient(theta, psi, statistics, k, task.support, keep_graph=keep_graph)
+    statistics = support.statistics
+    theta, state = loop.step(theta, state, support.theta, rates, k)
+    found = Ahead(theta, state, statistics, support.theta, support.second_order, support.loss, None, None, {}, {})
+    if not _counts(weight):
+        return found
+    query = loop.gradient(theta, psi, statistics, k, task.query, with_fixed=True)
+    return found._replace(
+        statistics=query.statistics,
+        query_loss=query.loss,
+        outputs=query.outputs,
+        query_theta=_scaled(query.theta, weight),
+        query_psi=_scaled(query.fixed, weight),
+    )
+
+
+def back(
+    loop: InnerLoop,
+    theta: Tensors,
+    state: State,
+    g: Tensors,
+    rates: Tensors,
+    k: int,
+    second_order: SecondOrder | None,
+    adjoint: Tensors,
+    adjoint_state: State,
+) -> Back:
+    """From the adjoints of theta^{k+1} and its state to those of theta^k; first order without ``second_order``."""
+    # u, the adjoint of g_k, is -alpha_k * lambda_{k+1} under SGD.
+    adjoint, adjoint_state, u, rate = loop.update_adjoint(theta, state, g, rates, k, (adjoint, adjoint_state))
+    psi: Tensors = {}
+    if second_order is not None:
+        hvp, psi = second_order(u)
+        adjoint = added(adjoint, hvp)
+    return Back(adjoint, adjoint_state, psi, rate)
+
+
 @dataclass
 class _Step:
     """What the walk back needs of inner step k; its gradients by theta^{k+1} and psi_k come from the query loss."""
@@ -148,24 +235,20 @@ def _adjoint_walk(
 
     steps: list[_Step] = []
     for k, weight in enumerate(weights):
-        psi = meta.fixed_at_step(k)
-        before = statistics
         stored = second_order and k >= len(weights) - loop.stored_steps
         # Asking for the generator's state waits for a GPU, which a CUDA graph may not.
         randomness = Randomness.now(device) if second_order and not stored else None
-        support = loop.gradient(theta, psi, statistics, k, task.support, keep_graph=stored)
-        statistics = support.statistics
-        g = support.theta if stored or not second_order else {}
-        step = _Step(theta, state, g, before, randomness, support.second_order, {}, {})
-        theta, state = loop.step(theta, state, support.theta, rates, k)
-        record.support_losses.append(support.loss)
-        if _counts(weight):
-            query = loop.gradient(theta, psi, statistics, k, task.query, with_fixed=True)
-            statistics, record.outputs = query.statistics, query.outputs
-            step.query_theta, step.query_psi = _scaled(query.theta, weight), _scaled(query.fixed, weight)
-            total = total + weight * query.loss
-        record.query_losses.append(query.loss if _counts(weight) else None)
-        steps.append(step)
+        made = ahead(loop, theta, state, meta.fixed_at_step(k), rates, statistics, k, task, weight, stored)
+        g = made.g if stored or not second_order else {}
+        steps.append(
+            _Step(theta, state, g, statistics, randomness, made.second_order, made.query_theta, made.query_psi)
+        )
+        theta, state, statistics = made.theta, made.state, made.statistics
+        record.support_losses.append(made.support_loss)
+        record.query_losses.append(made.query_loss)
+        if made.query_loss is not None:
+            record.outputs = made.outputs
+            total = total + weight * made.query_loss
 
     adjoint: Tensors = {n: torch.zeros_like(t) for n, t in theta.items()}
     adjoint_state: State = {n: tuple(torch.zeros_like(s) for s in slots) for n, slots in state.items()}
@@ -173,33 +256,33 @@ def _adjoint_walk(
     psi_gradients: list[Tensors] = []
     for k in reversed(range(len(steps))):
         step = steps.pop()
-        adjoint = _sum(adjoint, step.query_theta)
+        adjoint = added(adjoint, step.query_theta)
         if second_order and step.second_order is None:
             assert step.randomness is not None
             with replayed_randomness(step.randomness, device):  # the same dropout masks
                 psi = meta.fixed_at_step(k)
                 again = loop.gradient(step.theta, psi, step.statistics, k, task.support, keep_graph=True)
             step.g, step.second_order = again.theta, again.second_order
-        # u, the adjoint of g_k, is -alpha_k * lambda_{k+1} under SGD.
-        adjoint, adjoint_state, u, rate_k = loop.update_adjoint(
-            step.theta, step.state, step.g, meta.rates, k, (adjoint, adjoint_state)
+        adjoint, adjoint_state, psi_gradient, rate_k = back(
+            loop, step.theta, step.state, step.g, meta.rates, k, step.second_order, adjoint, adjoint_state
         )
-        rate_gradient = _sum(rate_gradient, {n: r for n, r in rate_k.items() if meta.rates[n].requires_grad})
-        psi_gradient = step.query_psi
-        if step.second_order is not None:
-            hvp, psi_product = step.second_order(u)
-            adjoint, psi_gradient = _sum(adjoint, hvp), _sum(psi_gradient, psi_product)
-        psi_gradients.append(psi_gradient)
+        rate_gradient = added(rate_gradient, {n: r for n, r in rate_k.items() if meta.rates[n].requires_grad})
+        psi_gradients.append(added(step.query_psi, psi_gradient))
     psi_gradients.reverse()
+    shared, stacks = by_psi(meta, psi_gradients)
+    return record.result(total, MetaParameters(adjoint, shared, stacks, rate_gradient), statistics)
 
+
+def by_psi(meta: MetaParameters, by_step: Sequence[Tensors]) -> tuple[Tensors, Tensors]:
+    """The gradients by psi_0 .. psi_{K-1} as those by the shared parameters and by the stacks."""
     shared: Tensors = {}
-    for psi_gradient in psi_gradients:
-        shared = _sum(shared, {n: g for n, g in psi_gradient.items() if n in meta.shared})
+    for gradient in by_step:
+        shared = added(shared, {n: g for n, g in gradient.items() if n in meta.shared})
     stacks = {
-        n: torch.stack([g[n] if n in g else torch.zeros_like(stack[0]) for g in psi_gradients])
+        n: torch.stack([g[n] if n in g else torch.zeros_like(stack[0]) for g in by_step])
         for n, stack in meta.per_step.items()
     }
-    return record.result(total, MetaParameters(adjoint, shared, stacks, rate_gradient), statistics)
+    return shared, stacks
 
 
 def _zero(tensors: Tensors) -> Tensor:
@@ -212,7 +295,7 @@ def _device(tensors: Tensors) -> torch.device:
     return next(iter(tensors.values())).device
 
 
-def _sum(a: Tensors, b: Tensors) -> Tensors:
+def added(a: Tensors, b: Tensors) -> Tensors:
     """Sums by name; a name that only one has keeps its value."""
     return {**b, **{n: t + b[n] if n in b else t for n, t in a.items()}}
 

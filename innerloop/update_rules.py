@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
+Step = int | Tensor
+"""k, counted from 0; a float64 tensor where a graph is to serve every step."""
 InnerRule = Literal["sgd", "momentum", "adam"]
 
 MOMENTUM = 0.9
@@ -26,14 +28,14 @@ class UpdateRule:
     """
 
     slots: int
-    step: Callable[[Tensor, tuple[Tensor, ...], Tensor, Tensor, int], tuple[Tensor, tuple[Tensor, ...]]]
+    step: Callable[[Tensor, tuple[Tensor, ...], Tensor, Tensor, Step], tuple[Tensor, tuple[Tensor, ...]]]
 
     def initial_state(self, theta: Tensors) -> dict[str, tuple[Tensor, ...]]:
         """The rule's state before the first inner step: zeros shaped like each parameter."""
         return {name: tuple(torch.zeros_like(t) for _ in range(self.slots)) for name, t in theta.items()}
 
     def stepped(
-        self, theta: Tensor, slots: tuple[Tensor, ...], g: Tensor, alpha: Tensor, k: int
+        self, theta: Tensor, slots: tuple[Tensor, ...], g: Tensor, alpha: Tensor, k: Step
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """``step``, of a complex parameter as of its real and its imaginary part (as ``torch.optim`` has it)."""
         if not theta.is_complex():
@@ -45,14 +47,14 @@ class UpdateRule:
 
 
 def _sgd(
-    theta: Tensor, slots: tuple[Tensor, ...], g: Tensor, alpha: Tensor, k: int
+    theta: Tensor, slots: tuple[Tensor, ...], g: Tensor, alpha: Tensor, k: Step
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """theta^{k+1} = theta^k - alpha_k g_k (MAML, equation 1)."""
     return theta - alpha * g, ()
 
 
 def _momentum(
-    theta: Tensor, slots: tuple[Tensor, ...], g: Tensor, alpha: Tensor, k: int
+    theta: Tensor, slots: tuple[Tensor, ...], g: Tensor, alpha: Tensor, k: Step
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """v^{k+1} = mu v^k + g_k; theta^{k+1} = theta^k - alpha_k v^{k+1} (as ``torch.optim.SGD``)."""
     velocity = MOMENTUM * slots[0] + g
@@ -60,7 +62,7 @@ def _momentum(
 
 
 def _adam(
-    theta: Tensor, slots: tuple[Tensor, ...], g: Tensor, alpha: Tensor, k: int
+    theta: Tensor, slots: tuple[Tensor, ...], g: Tensor, alpha: Tensor, k: Step
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Adam (Kingma & Ba 2015) with epsilon inside the root.
 
@@ -69,9 +71,14 @@ def _adam(
     """
     mean = BETA1 * slots[0] + (1 - BETA1) * g
     square = BETA2 * slots[1] + (1 - BETA2) * g * g
-    corrected_mean = mean / (1 - BETA1 ** (k + 1))
-    corrected_square = square / (1 - BETA2 ** (k + 1))
+    corrected_mean, corrected_square = _unbiased(mean, BETA1, k), _unbiased(square, BETA2, k)
     return theta - alpha * corrected_mean / (corrected_square + EPSILON**2).sqrt(), (mean, square)
+
+
+def _unbiased(moment: Tensor, beta: float, k: Step) -> Tensor:
+    """A moving average that started from zero, k steps ago."""
+    share = 1 - beta ** (k + 1)
+    return moment / (share.to(moment.dtype) if isinstance(share, Tensor) else share)
 
 
 UPDATE_RULES: dict[InnerRule, UpdateRule] = {

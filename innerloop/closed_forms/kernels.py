@@ -16,7 +16,9 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,9 +43,23 @@ def usable(*tensors: Tensor | None, of_rows: bool = True) -> bool:
         x.device.type == "cpu"
         and x.dtype in _TYPES
         and all(t.dtype == x.dtype and not _batched(t) for t in given)
+        and not _OFF.get()
         and (not of_rows or (x.ndim in _LAYOUTS and x.is_contiguous(memory_format=_LAYOUTS[x.ndim])))
         and library() is not None
     )
+
+
+_OFF: ContextVar[bool] = ContextVar("kernels are switched off", default=False)
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """In this block the formulas are PyTorch operations, which a trace sees."""
+    token = _OFF.set(True)
+    try:
+        yield
+    finally:
+        _OFF.reset(token)
 
 
 _LAYOUTS = {2: torch.contiguous_format, 4: torch.channels_last}

@@ -1,0 +1,1 @@
+"""Ways to compute the gradients of a meta-batch, beside the loop and the vmap of ``MetaLearner`` itself."""
