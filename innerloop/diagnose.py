@@ -23,7 +23,7 @@ from innerloop.tasks import Examples, Task, as_meta_batch, meta_batch_size, sele
 if TYPE_CHECKING:
     from innerloop.learner import MetaLearner
 
-FACTORS = (0.1, 0.3, 3.0, 10.0, 100.0)
+FACTORS = (0.1, 0.3, 3.0, 10.0, 100.0, 1000.0)
 """Of the inner rates, that are tried."""
 _RECTIFIERS = (nn.ReLU, nn.ReLU6)
 
@@ -58,6 +58,7 @@ class Observations:
         support_losses, query_losses: ``[T, K + 1]``.
         query_accuracies, support_accuracies: ``[T, K + 1]``; None where targets are no classes.
         ways: classes of a task, 0 where there are none.
+        answers: query examples that an accuracy is over.
         unlike: largest over smallest number of support examples of a class.
         by_normalisation: query accuracy after the last step.
         renumbered: query accuracy after the last step, with the classes numbered otherwise.
@@ -77,6 +78,7 @@ class Observations:
     query_accuracies: Tensor | None = None
     support_accuracies: Tensor | None = None
     ways: int = 0
+    answers: int = 0
     unlike: float = 1.0
     by_normalisation: dict[str, float] = field(default_factory=dict)
     renumbered: float = math.nan
@@ -95,6 +97,11 @@ class Observations:
     def chance(self) -> float:
         """Accuracy of guessing."""
         return 1 / self.ways if self.ways else math.nan
+
+    @property
+    def noise(self) -> float:
+        """What two accuracies may differ by for want of examples: two standard errors, at the most."""
+        return 2 * math.sqrt(0.5 / max(self.answers, 1))
 
     def accuracy(self, step: int) -> float:
         """Mean query accuracy after a step; NaN where targets are no classes."""
@@ -302,7 +309,7 @@ def order_of_classes(seen: Observations) -> Finding | None:
     """Other numbers for the same classes give another accuracy."""
     if not seen.ways or math.isnan(seen.renumbered):
         return None
-    if seen.accuracy(-1) - seen.renumbered < 0.1 or memorised(seen) is not None:
+    if seen.accuracy(-1) - seen.renumbered < max(0.1, seen.noise) or memorised(seen) is not None:
         return None
     return Finding(
         "the numbering of classes matters", 80,
@@ -326,7 +333,7 @@ def unequal_support(seen: Observations) -> Finding | None:
 def transductive(seen: Observations) -> Finding | None:
     """Answers that lean on the other query examples."""
     by = seen.by_normalisation
-    if not by or by["batch"] - by["support"] < 0.15:
+    if not by or by["batch"] - by["support"] < max(0.15, seen.noise):
         return None
     return Finding(
         "answers depend on each other", 60,
@@ -449,6 +456,7 @@ def _observe_classes(
 ) -> None:
     found.support_accuracies = torch.stack([w[2] for w in walks if w[2] is not None])
     found.query_accuracies = torch.stack([w[3] for w in walks if w[3] is not None])
+    found.answers = sum(len(t.query.targets) for t in each)
     labels = torch.stack([t.support.targets for t in each])
     found.ways = max(2, int(labels.max()) + 1, int(torch.stack([t.query.targets for t in each]).max()) + 1)
     counts = torch.stack([row.bincount(minlength=found.ways) for row in labels]).double()
