@@ -18,12 +18,12 @@ types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 unit: $(VENV)/.installed-dev
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # The oldest versions that pyproject.toml allows, in an environment of their own (Python 3.10 to 3.12 have them).
 test-minimum: $(VENV)-minimum/.installed
 	$(VENV)-minimum/bin/python -m pip list
-	$(VENV)-minimum/bin/pytest -n 2
+	$(VENV)-minimum/bin/pytest -n 2 --dist worksteal
 
 $(VENV)-minimum/.installed: pyproject.toml constraints-minimum.txt
 	$(PYTHON) -m venv $(VENV)-minimum

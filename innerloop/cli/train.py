@@ -136,6 +136,9 @@ def _new_or_unfinished(out: Path | None, preset: str, method: str, config: Confi
 
 
 def _train(plan: _Plan, ranks: Ranks) -> FinishedRun:
+    preset = PRESETS[plan.preset]
+    if not plan.resumed and plan.config == preset.config():  # with other settings it is something else
+        plan.progress.console.print(f"{plan.preset}: {preset.about}", highlight=False, soft_wrap=True)
     try:
         return train(plan.folder, plan.preset, plan.config, plan.progress, plan.command, ranks)
     except InterruptedRunError:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,24 @@ def test_help_lists_options_with_the_presets_defaults(capsys: pytest.CaptureFixt
     assert main(["--version"]) == 0
 
 
+@pytest.mark.usefixtures("_no_figures")
+def test_a_preset_says_what_it_is_before_anything_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preset = PRESETS["sinusoid"]
+    tiny = replace(
+        preset,
+        about="a little regression",
+        outer={"epochs": 1, "iterations": 2},
+        evaluation={"val_tasks": 2, "test_tasks": 2, "test_steps": 2},
+    )
+    monkeypatch.setitem(PRESETS, "sinusoid", tiny)
+    assert main(["train", "sinusoid"]) == 0
+    assert capsys.readouterr().err.startswith("sinusoid: a little regression\nrun folder: runs/sinusoid-")
+    assert main(["train", "sinusoid", "--inner-lr", "0.02", "--out", "other"]) == 0
+    assert "a little regression" not in capsys.readouterr().err
+
+
 def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["presets"]) == 0
     words = capsys.readouterr().out.split()
@@ -145,8 +164,14 @@ def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--ways", "five"], "five"),
         (["train", "--ways", "0"], "--ways 0"),
         (["train", "--lslr", "--meta-sgd"], "both learn the inner rates"),
-        (["train", "--ways", "101"], "101-way tasks need 101 classes, and split 'val' has 100"),
-        (["train", "--shots", "15", "--queries", "6"], "15 shots + 6 queries = 21 images of each class, and class"),
+        (
+            ["train", "--ways", "101", "--train-classes", "101", "--no-centre"],
+            "101-way tasks need 101 classes, and split 'val' has 100",
+        ),
+        (
+            ["train", "--shots", "15", "--queries", "6", "--train-classes", "9", "--no-centre"],
+            "15 shots + 6 queries = 21 images of each class, and class",
+        ),
         (["train", "--device", "cuda:77"], "--device cuda:77 cannot be used"),
         (["train", "--device", "cpu", "--precision", "tf32"], "--precision tf32 is a GPU's, and this run is on cpu"),
         (["train", "omniglot-5way-1shot", "--data", "nowhere"], "nowhere"),
@@ -154,7 +179,10 @@ def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "mini-imagenet-5way-1shot"], "needs the folder of its images: --data DIR"),
         (["train", "mini-imagenet-5way-1shot", "--data", "nowhere"], "nowhere"),
         (["train", "folder", "--data", "nowhere"], "nowhere"),
-        (["train", "quickstart", "--adapt", "haed.*"], "no trainable parameter of Conv4 matches 'haed.*'"),
+        (
+            ["train", "quickstart", "--adapt", "haed.*", "--train-classes", "9", "--no-centre"],
+            "no trainable parameter of Conv4 matches 'haed.*'",
+        ),
         (["train", "--resume", "nowhere"], "nowhere is not a run"),
         (["evaluate"], "Folder of the run. (required)"),
         (["evaluate", "nowhere"], "nowhere is not a run"),

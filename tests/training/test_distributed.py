@@ -31,12 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from innerloop import MetaLearner, maml_plus_plus
-from innerloop.cli import train as train_command
 from innerloop.cli.main import main
 from innerloop.cli.ranks import to_be_launched
 from innerloop.data import ClassImages, Episodes, Split
 from innerloop.learner import NonFiniteLossError
 from innerloop.tasks import Task
+from innerloop.training import figures
 from innerloop.training.building import build_workers
 from innerloop.training.checkpoints import load_checkpoint
 from innerloop.training.config import PRESETS, Config, ConfigError
@@ -306,7 +306,7 @@ def command(*arguments: str, at: int = 0, send: int = 0, to: int = 0) -> int:
     with open(f"output-{os.environ['RANK']}", "w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    train_command.write_figures = lambda *_: []
+    figures.write_figures = lambda *_: []
     left = iter(range(at - 1, -1, -1))
 
     def advance(*_: Any) -> None:
@@ -360,7 +360,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_command, "write_figures", lambda *_: [])
+        patch.setattr(figures, "write_figures", lambda *_: [])
         path = tmp_path_factory.mktemp("alone") / "run"
         assert main([*TINY, "--out", str(path), "--quiet"]) == 0
     return path

@@ -70,7 +70,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict[str
 
 def test_training_learns_sinusoids(tmp_path: Path) -> None:
     config = small("maml", inner_lr=0.02)
-    config = replace(config, outer=replace(config.outer, epochs=2, iterations=400, meta_batch=8))
+    config = replace(config, outer=replace(config.outer, epochs=2, iterations=100, meta_batch=8, outer_lr=1e-2))
     config = replace(config, evaluation=replace(config.evaluation, test_tasks=100))
     summary = train(start(tmp_path / "run", config), "sinusoid", config, Progress(shown=False)).summary
     before, *_, after = (step["loss"] for step in summary["test"]["per_step"])
