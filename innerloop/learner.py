@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import reduce
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,6 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from innerloop import learning_rates, norm_layers, per_step
-from innerloop.diagnose import Finding
-from innerloop.diagnose import diagnose as findings_of
 from innerloop.engines.compiled import Compiled
 from innerloop.explanations import UnsuitableModelError, check_loss, check_model, explained
 from innerloop.inner_loop import InnerLoop, MetaParameters
@@ -44,6 +42,9 @@ from innerloop.tasks import (
     stacked,
 )
 from innerloop.update_rules import UPDATE_RULES, Tensors
+
+if TYPE_CHECKING:
+    from innerloop.diagnose import Finding
 
 MetaBatch = tuple[tuple[Any, Any], tuple[Any, Any]]
 Parallel = Literal["auto", "loop", "vmap"]
@@ -606,7 +607,9 @@ class MetaLearner:
         Nothing is changed. Inner loops are walked some six times a task; a dozen tasks tell enough. See
         ``innerloop.diagnose``.
         """
-        return findings_of(self, tasks, epoch)
+        from innerloop.diagnose import diagnose
+
+        return diagnose(self, tasks, epoch)
 
     def _check_copy(
         self, adapted: nn.Module, theta: Tensors, steps: int, normalisation: Normalisation, inputs: Any
