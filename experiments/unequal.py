@@ -70,7 +70,9 @@ def main() -> None:
     command = f"python experiments/unequal.py RUN --data DIR --draws {chosen.draws}"
     chosen.out.mkdir(parents=True, exist_ok=True)
     record = {"command": command, "run": chosen.run.name, "draws": chosen.draws, "rows": rows}
-    write_json(chosen.out / f"{chosen.run.name}.json", {**record, "environment": environment(torch.device("cpu"), 1)})
+    measured_on = environment(torch.device("cpu"), 1)
+    measured_on.pop("arguments")  # a folder of this machine is among them
+    write_json(chosen.out / f"{chosen.run.name}.json", {**record, "environment": measured_on})
     print(json.dumps(rows, indent=1))
 
 
