@@ -29,7 +29,7 @@ from innerloop.network import Loss, Network
 from innerloop.norm_layers import Normalisation
 from innerloop.per_step import Statistics
 from innerloop.precision import Precision
-from innerloop.rehearsal import is_trusted, rehearse
+from innerloop.rehearsal import check_modes, is_trusted, rehearse
 from innerloop.tasks import (
     Examples,
     Task,
@@ -471,6 +471,9 @@ class MetaLearner:
                         if not any(sign in str(error) for sign in _GRAPH_IS_GONE):
                             raise
                         modes.inner_loop_trains = True
+                    if not is_trusted(self.loop.network):
+                        parameters = {**self.meta.adapted, **self.meta.fixed_at_step(0)}
+                        check_modes(self.loop.network, parameters, self.statistics.at_step(0), support)
                 with modes.adapting():
                     here = next(walk, None)
             if here is None:

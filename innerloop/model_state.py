@@ -269,6 +269,17 @@ class Randomness(NamedTuple):
         numpy = sys.modules.get("numpy")  # who does not use it does not draw from it
         return Randomness(random_state(device), random.getstate(), numpy and numpy.random.get_state())
 
+    def same(self, other: Randomness) -> bool:
+        """Whether nothing was drawn between the two."""
+        alike = all(map(torch.equal, self.of_torch, other.of_torch)) and self.of_python == other.of_python
+        return alike and (
+            self.of_numpy is None
+            or all(
+                bool((a == b).all() if hasattr(a, "shape") else a == b)
+                for a, b in zip(self.of_numpy, other.of_numpy, strict=True)
+            )
+        )
+
     def restore(self, device: torch.device) -> None:
         """Go back to it."""
         set_random_state(self.of_torch, device)

@@ -72,6 +72,18 @@ class Modes:
         return self._frozen
 
     @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """The model's own modes, but for dropout."""
+        modes = {module: module.training for module in self._model.modules()}
+        for module in modes:
+            module.training = module.training and "dropout" not in type(module).__name__.lower()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    @contextmanager
     def adapting(self) -> Iterator[None]:
         """Modes of the inner loop in use: evaluation mode, norm layers with the batch's statistics.
 

@@ -8,6 +8,7 @@ not hold the numbers are wrong without a word. It is found out once, on one task
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -98,6 +99,34 @@ def rehearse(
         randomness.restore(device)
     if not _alike(first, again):
         raise ValueError(_state_found(network.model, changed))
+
+
+def check_modes(
+    network: Network, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], examples: Examples
+) -> None:
+    """Warn of a model that answers otherwise in use than in training, for a reason that is no norm layer we know.
+
+    Of what draws random numbers in training (dropout) nothing is said: that is what evaluation mode is for.
+    """
+    if not network.model.training:
+        return
+    device = next(iter(parameters.values())).device
+    before = Randomness.now(device)
+    answers = []
+    for modes in (network.modes.without_dropout(), network.modes.adapting()):
+        with modes:
+            answers.append(network.answers(parameters, {n: b.clone() for n, b in buffers.items()}, examples.inputs))
+        if not before.same(Randomness.now(device)):
+            before.restore(device)
+            return
+    pairs = zip(*map(pytree.tree_leaves, answers), strict=False)
+    if not all(_close(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)):
+        warnings.warn(
+            f"{type(network.model).__name__} answers otherwise in evaluation mode than it was trained, for another "
+            "reason than dropout and norm layers that are known by their running_mean and running_var: a layer that "
+            "asks self.training. Adapting and predicting use its evaluation mode, training its training mode",
+            stacklevel=7,
+        )
 
 
 def _others(examples: Examples) -> Examples:
