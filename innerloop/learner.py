@@ -226,6 +226,7 @@ class MetaLearner:
         """
         here = threading.get_ident()
         if self._user == here:  # one method calls another
+            self.loop.network.state.check(self._copied, self._counters)
             yield
             return
         # Gradients are taken also where the caller has switched autograd off.

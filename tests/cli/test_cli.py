@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -130,23 +129,6 @@ def test_help_lists_options_with_the_presets_defaults(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.usefixtures("_no_figures")
-def test_a_preset_says_what_it_is_before_anything_else(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    preset = PRESETS["sinusoid"]
-    tiny = replace(
-        preset,
-        about="a little regression",
-        outer={"epochs": 1, "iterations": 2},
-        evaluation={"val_tasks": 2, "test_tasks": 2, "test_steps": 2},
-    )
-    monkeypatch.setitem(PRESETS, "sinusoid", tiny)
-    assert main(["train", "sinusoid"]) == 0
-    assert capsys.readouterr().err.startswith("sinusoid: a little regression\nrun folder: runs/sinusoid-")
-    assert main(["train", "sinusoid", "--inner-lr", "0.02", "--out", "other"]) == 0
-    assert "a little regression" not in capsys.readouterr().err
-
-
 def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["presets"]) == 0
     words = capsys.readouterr().out.split()
