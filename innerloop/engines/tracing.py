@@ -42,10 +42,21 @@ def compiled(
         NotCompiledError: the function draws random numbers, chooses by a tensor's values or reads tensors that are no
             arguments, an operation is unknown, there is no compiler, it fails, or it takes too long.
     """
+    arguments = _distinct(arguments)
     graph = traced(function, arguments)
     if backend == "eager":
         return cast(Callable[..., Sequence[Tensor]], graph)
     return cast(Callable[..., Sequence[Tensor]], _within(timeout, lambda: _by_inductor(graph, arguments, threads)))
+
+
+def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same values in tensors of their own: a trace takes one tensor in two places for one argument."""
+    seen: set[int] = set()
+    found = []
+    for tensor in tensors:
+        found.append(tensor.clone() if id(tensor) in seen else tensor)
+        seen.add(id(tensor))
+    return found
 
 
 def traced(function: Flat, arguments: Sequence[Tensor]) -> GraphModule:

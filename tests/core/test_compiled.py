@@ -14,6 +14,7 @@ from zoo import CASES, Case
 
 from innerloop import MetaLearner, Method, anil, fomaml, maml, maml_plus_plus
 from innerloop.engines.compiled import Compiled
+from innerloop.engines.tracing import compiled
 
 
 def methods(case: Case) -> Iterator[tuple[str, Method]]:
@@ -93,3 +94,11 @@ def test_what_cannot_be_traced_is_computed_as_ever_with_one_warning() -> None:
 def test_a_choice_that_there_is_not() -> None:
     with pytest.raises(ValueError, match="compile must be one of on, off; got 'auto'"):
         MetaLearner(nn.Linear(3, 2), F.mse_loss, compile="auto")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_one_tensor_in_two_places_is_two_arguments(backend: str) -> None:
+    """A trace knows its arguments by who they are: what is one tensor when it is made may be two later."""
+    same, a, b = (torch.randn(3) for _ in range(3))
+    graph = compiled(lambda p, q: [2 * p - q], [same, same], backend, 60.0, 1)  # type: ignore[arg-type]
+    torch.testing.assert_close(next(iter(graph(a, b))), 2 * a - b)
