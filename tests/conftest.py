@@ -5,6 +5,7 @@ import os
 # Of other processes too: two threads each on the cores that two tests share spin more than they compute.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from innerloop import maml_plus_plus
+from innerloop.data import ImageDataset, Split, strokes
+from innerloop.data.images import Fit
 from innerloop.training.building import build_learner
 from innerloop.training.checkpoints import save_checkpoint
 from innerloop.training.config import Config, NetworkConfig
@@ -25,6 +28,22 @@ torch.set_num_threads(1)
 def _one_core() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("innerloop.training.building.available_cores", lambda: 1)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _strokes_are_drawn_once() -> Iterator[None]:
+    """For all runs of a process that have the same classes: drawing them takes longer than most of these runs."""
+
+    @functools.lru_cache(maxsize=6)
+    def drawn(classes: tuple[tuple[Split, int], ...], size: int, seed: int, fit: Fit) -> ImageDataset:
+        return strokes(dict(classes), size=size, seed=seed, fit=fit)
+
+    def kept(classes: dict[Split, int], *, size: int, seed: int, fit: Fit, progress: bool) -> ImageDataset:
+        return drawn(tuple(classes.items()), size, seed, fit)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("innerloop.training.building.strokes", kept)
         yield
 
 

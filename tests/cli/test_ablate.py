@@ -98,6 +98,7 @@ def test_rows_are_trained_once_and_a_seed_more_is_added(capsys: pytest.CaptureFi
         run([*GRID, "--filters", "5", "--seeds", "0", "--out", "grid", "--json"])
 
 
+@pytest.mark.usefixtures("_in_this_process")  # when it goes on; what is stopped has processes
 def test_a_stopped_grid_goes_on() -> None:
     command = [sys.executable, "-m", "innerloop", "ablate", *GRID, "--epochs", "12", "--seeds", "0", "--out", "grid"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
