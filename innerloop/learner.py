@@ -520,7 +520,7 @@ class MetaLearner:
             ValueError: normalisation by the support set, without one.
         """
         inner_step = whole_number("inner_step", inner_step, least=0)
-        check_normalisation(normalisation)
+        self._check_normalisation(normalisation)
         if normalisation == "support" and support is None:
             raise ValueError('normalisation="support" needs the inputs of the support set: predict(..., support=)')
         support = support.inputs if isinstance(support, Examples) else support
@@ -575,7 +575,7 @@ class MetaLearner:
             TypeError: something on the model cannot be copied.
         """
         steps = self._steps(steps)
-        check_normalisation(normalisation)
+        self._check_normalisation(normalisation)
         support = as_support(support, self._like)
         with self._in_use():
             walk = list(self._trajectory(support, steps))
@@ -614,6 +614,17 @@ class MetaLearner:
         from innerloop.diagnose import diagnose
 
         return diagnose(self, tasks, epoch)
+
+    def _check_normalisation(self, normalisation: Normalisation) -> None:
+        """Raise ``ValueError`` for a normalisation that there is not, or that the model cannot have."""
+        check_normalisation(normalisation)
+        layers = norm_layers.by_batch_alone(self.model) if normalisation != "batch" else []
+        if layers:
+            raise ValueError(
+                f"normalisation={normalisation!r}: the model came of adapt(..., normalisation='batch'), and {layers[0]} "
+                "uses its batch's statistics whatever it is told. Load its state dict into a fresh model, or adapt it "
+                "with normalisation='support'"
+            )
 
     def _check_copy(
         self, adapted: nn.Module, theta: Tensors, steps: int, normalisation: Normalisation, inputs: Any

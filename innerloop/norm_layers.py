@@ -208,6 +208,11 @@ def _made(mixin: type, base: type[nn.Module]) -> nn.Module:
     return made.__new__(made)
 
 
+def by_batch_alone(model: nn.Module) -> list[str]:
+    """Names of the layers that ``use_batch_statistics`` has changed."""
+    return [name for name, module in model.named_modules() if isinstance(module, _OfClass)]
+
+
 def use_batch_statistics(model: nn.Module, frozen: frozenset[str] = frozenset()) -> None:
     """Make the norm layers normalise with their batch's statistics in evaluation mode too, but for frozen ones."""
     for name, layer in list(norm_layers(model)):

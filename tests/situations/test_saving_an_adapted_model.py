@@ -115,6 +115,17 @@ def test_it_can_be_meta_learned_again() -> None:
     again.adapt(images())
 
 
+@pytest.mark.parametrize("normalisation", ["running", "support"])
+def test_a_learner_of_a_module_by_batch_has_no_other_normalisation(normalisation: str) -> None:
+    again = MetaLearner(trained(ConvNet()).adapt(images()), F.cross_entropy, maml(inner_steps=STEPS))
+    with pytest.raises(ValueError, match=r"backbone\.1 uses its batch's statistics.*fresh model"):
+        again.adapt(images(), normalisation=normalisation)
+    *_, theta = again.trajectory(images())
+    with pytest.raises(ValueError, match="fresh model"):
+        again.predict(theta, STEPS, images()[0], normalisation, images()[0])
+    again.adapt(images())
+
+
 def test_networks_that_come_with_the_package() -> None:
     learner = MetaLearner(innerloop.nn.Conv4(3, 1, 16, 4), F.cross_entropy, maml(inner_steps=1))
     support = torch.randn(6, 1, 16, 16), torch.arange(6) % 3
