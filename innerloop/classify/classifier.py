@@ -21,7 +21,7 @@ from innerloop.classify.estimate import Estimate
 from innerloop.classify.images import ImageLike, deep_value, image_name, read_image
 from innerloop.classify.model_file import ModelFileError, load_model, save_model
 from innerloop.data import Preprocessing
-from innerloop.data.depth import bits_in_use
+from innerloop.data.depth import misfit, misfits
 from innerloop.data.images import Pixels
 from innerloop.data.preprocessing import Ink, ink_of
 from innerloop.norm_layers import Normalisation, norm_buffer_names, use_batch_statistics
@@ -137,16 +137,8 @@ class Classifier:
             size = BATCH if self.normalisation != "batch" else None
             for part in _read_ahead(pool, numbered, self._read, size):
                 yield from self._classified(part, doubtful)
-        bits = self.preprocessing.bits
         if doubtful.other_bits:
-            logger.warning(
-                "%s %s: %s",
-                _names(doubtful.other_bits),
-                f"with values above {2**bits - 1}, which is white here ({bits} bits)"
-                if bits
-                else "with 16 bits a pixel, of which not all are in use, and the support images had none like that",
-                "what is brighter is cut off" if bits else "say how many bits they use (--bits)",
-            )
+            logger.warning(misfits(named(doubtful.other_bits), self.preprocessing.bits))
         if other_ink := doubtful.other_ink:
             logger.warning(
                 "%d image%s (%s%s) %s not in %s ink as the support images are: what is said of %s is hardly right",
@@ -170,18 +162,13 @@ class Classifier:
         if self.ink is not None:
             inverted = _OTHER[self.ink] if self.preprocessing.invert else self.ink
             doubtful.other_ink.extend(name for name, pixels in read if ink_of(pixels) not in (None, inverted))
-        doubtful.other_bits.extend(r.name for r in part if r.largest and not self._fits(r.largest))
+        doubtful.other_bits.extend(r.name for r in part if misfit(r.largest, self.preprocessing.bits))
         for name, pixels, _ in part:
             if isinstance(pixels, str):
                 yield Unreadable(name, pixels)
             else:
                 shares = dict(zip(self.classes, next(answers), strict=True))
                 yield Prediction(max(shares, key=shares.__getitem__), shares)
-
-    def _fits(self, largest: int) -> bool:
-        """Whether a 16-bit image's largest value is what the bits in use hold, or all 16 where they are not known."""
-        bits = self.preprocessing.bits
-        return largest < 2**bits if bits else bits_in_use([largest]) == 16
 
     @torch.no_grad()
     def pixel_probabilities(self, pixels: list[Pixels]) -> Tensor:
@@ -198,6 +185,7 @@ class Classifier:
 
     def description(self) -> dict[str, Any]:
         """All of it but the network, as JSON can hold it: what its file has in the header."""
+        estimate = self.estimate
         return {
             "classes": list(self.classes),
             "preprocessing": asdict(self.preprocessing),
@@ -207,7 +195,7 @@ class Classifier:
             "notes": list(self.notes),
             "support": dict(self.support),
             "provenance": dict(self.provenance),
-            "estimate": None if self.estimate is None else asdict(self.estimate),
+            "estimate": None if estimate is None else {**asdict(estimate), "accuracy": estimate.accuracy},
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -314,7 +302,8 @@ def _read_ahead(
         yield batch
 
 
-def _names(names: list[str]) -> str:
+def named(names: list[str]) -> str:
+    """So many images, and the names of the first."""
     more = ", ..." if len(names) > 3 else ""
     return f"{len(names)} image{'s' * (len(names) > 1)} ({', '.join(names[:3])}{more})"
 

@@ -23,7 +23,7 @@ class Estimate:
     Attributes:
         kind: ``"leave-one-out"``: each image alone; ``"k-fold"``: several at a time.
         folds: adaptations that were made.
-        images: how many were judged, each once.
+        images: how many were judged, each once; copies of an image, in its class, are one.
         correct: how many of them were given their own class.
         low: lower end of the 95% Wilson interval of the accuracy.
         high: its upper end.
@@ -56,6 +56,16 @@ def wilson_interval(correct: float, images: float) -> tuple[float, float]:
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
+def firsts(targets: Tensor, same: Tensor | None = None) -> Tensor:
+    """Numbers ``[m]`` of the images that are judged: of copies in a class the first. Arguments as of ``estimate``."""
+    if same is None:
+        return torch.arange(len(targets))
+    first: dict[tuple[int, int], int] = {}
+    for i, image in enumerate(zip(targets.tolist(), same.tolist(), strict=True)):
+        first.setdefault(image, i)
+    return torch.tensor(sorted(first.values()))
+
+
 def folds(targets: Tensor, most: int = MOST_FOLDS) -> list[Tensor]:
     """Which images to hold out in each fold: every image once, and never all of a class.
 
@@ -75,6 +85,7 @@ def estimate(
     predicted: Callable[[Tensor, Tensor], Tensor],
     tick: Callable[[], None] = lambda: None,
     weighing: Weighing = "images",
+    same: Tensor | None = None,
 ) -> Estimate | None:
     """Adapt again and again without some of the images, and judge those; None where a class has a single image.
 
@@ -85,27 +96,33 @@ def estimate(
         tick: called after each fold.
         weighing: whether the accuracy is a mean over classes or over images. The interval of the first is Wilson's for
             as many images as would tell it as exactly if all classes were told equally well: ways / mean(1 / shots).
+        same: ``[n]``, a number of its own for each image, and one for copies. A copy that stayed would tell what was
+            held out, so that copies are held out together, and judged once.
     """
-    shots = targets.bincount()
+    judged = firsts(targets, same)
+    own = targets[judged]
+    shots = own.bincount(minlength=int(targets.max()) + 1)
     if int(shots.min()) < 2:
         return None
-    every = torch.arange(len(targets))
-    held_out_sets = folds(targets)
-    right = torch.zeros(len(targets), dtype=torch.long)
-    for held_out in held_out_sets:
-        kept = every[~torch.isin(every, held_out)]
-        right[held_out] = (predicted(kept, held_out) == targets[held_out]).long()
+    every, copies = torch.arange(len(targets)), torch.arange(len(targets)) if same is None else same
+    held_out_sets = folds(own)
+    right = torch.zeros(len(judged), dtype=torch.long)
+    for fold in held_out_sets:
+        held_out = judged[fold]
+        gone = (copies[:, None] == copies[held_out]) & (targets[:, None] == targets[held_out])
+        kept = every[~gone.any(1)]
+        right[fold] = (predicted(kept, held_out) == targets[held_out]).long()
         tick()
-    correct, images = int(right.sum()), float(len(targets))
+    correct, images = int(right.sum()), float(len(judged))
     of_classes: tuple[float, ...] = ()
     mean = correct / images
     if weighing == "classes" and int(shots.min()) < int(shots.max()):
-        of_classes = tuple((targets.bincount(right.double()) / shots).tolist())
+        of_classes = tuple((own.bincount(right.double()) / shots).tolist())
         mean, images = sum(of_classes) / len(of_classes), float(len(shots) / (1 / shots).double().mean())
     return Estimate(
-        "leave-one-out" if len(held_out_sets) == len(targets) else "k-fold",
+        "leave-one-out" if len(held_out_sets) == len(judged) else "k-fold",
         len(held_out_sets),
-        len(targets),
+        len(judged),
         correct,
         *wilson_interval(mean * images, images),
         weighing,

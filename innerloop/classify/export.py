@@ -94,8 +94,9 @@ def export(classifier: Classifier, path: str | Path, format: Format, output: Out
     """Write a classifier as a file that runs without innerloop, and run it to see that it computes the same.
 
     Its input, ``images``, is float32 ``[n, C, size, size]`` with values in [0, 1], for any n, ink as the network knows
-    it (``invert`` of the preprocessing, done before). Mean and deviation are part of the graph. Classes and
-    preprocessing go along as JSON: ``metadata_props`` of ONNX, the extra file ``innerloop.json`` of the others.
+    it (``invert`` of the preprocessing, done before), 16-bit images divided by ``2**bits - 1`` (``bits`` of the
+    preprocessing). Mean and deviation are part of the graph. Classes and preprocessing go along as JSON:
+    ``metadata_props`` of ONNX, the extra file ``innerloop.json`` of the others.
 
     Raises:
         ImportError: ONNX needs ``pip install 'innerloop[export]'``.

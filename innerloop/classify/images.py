@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from innerloop.data import Preprocessing
-from innerloop.data.depth import largest_value
-from innerloop.data.images import Pixels
+from innerloop.data.depth import eight_bits, in_range
+from innerloop.data.images import Pixels, largest_value
 
 ImageLike = Image.Image | str | os.PathLike[str] | bytes | NDArray[Any] | torch.Tensor
 """A path, the bytes of an image file, a Pillow image, or an array or tensor ``[h, w]``, ``[h, w, 1, 3 or 4]`` or
-``[1 or 3, h, w]``: uint8, floating point in [0, 1], or, of grey images, uint16."""
+``[1 or 3, h, w]``: uint8, floating point in [0, 1], or other whole numbers from 0 to 65535, which are read as those of
+16-bit images are."""
 
 
 def read_image(image: ImageLike, preprocessing: Preprocessing) -> Pixels:
@@ -31,7 +32,7 @@ def read_image(image: ImageLike, preprocessing: Preprocessing) -> Pixels:
         if isinstance(image, bytes | Image.Image):
             return preprocessing.pixels(image)
         if isinstance(image, np.ndarray | torch.Tensor):
-            return preprocessing.pixels(_from_array(image))
+            return preprocessing.pixels(_from_array(image, preprocessing.bits))
         if isinstance(image, str | os.PathLike):
             return preprocessing.pixels(Path(image).read_bytes())
     except (OSError, ValueError, MemoryError):
@@ -43,15 +44,20 @@ def read_image(image: ImageLike, preprocessing: Preprocessing) -> Pixels:
 
 
 def deep_value(image: ImageLike) -> int:
-    """The largest value of an image with 16 bits a pixel; 0 of any other."""
+    """The largest value of an image with 16 bits a value whose white is to be found; 0 of any other."""
     if isinstance(image, np.ndarray | torch.Tensor):
-        return int(image.max()) if str(image.dtype).endswith("uint16") and 0 not in image.shape else 0
+        try:
+            values = _values(image)
+        except (ValueError, TypeError):  # said by read_image
+            return 0
+        colours = values[:, :, :3] if values.ndim == 3 else values
+        return int(colours.max()) if _is_deep(values) and in_range(values) else 0
     if isinstance(image, str | os.PathLike):
         try:
             image = Path(image).read_bytes()
         except OSError:  # said by read_image
             return 0
-    return largest_value(image)
+    return largest_value(image) if isinstance(image, bytes | Image.Image) else 0
 
 
 def image_name(image: ImageLike, number: int) -> str:
@@ -59,7 +65,8 @@ def image_name(image: ImageLike, number: int) -> str:
     return os.fspath(image) if isinstance(image, str | os.PathLike) else f"image {number}"
 
 
-def _from_array(array: NDArray[Any] | torch.Tensor) -> Image.Image:
+def _values(array: NDArray[Any] | torch.Tensor) -> NDArray[Any]:
+    """An array's values as ``[h, w]`` or ``[h, w, 3 or 4]``."""
     values = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
     if values.ndim == 3 and values.shape[0] in (1, 3) and values.shape[2] not in (1, 3, 4):
         values = values.transpose(1, 2, 0)
@@ -69,15 +76,28 @@ def _from_array(array: NDArray[Any] | torch.Tensor) -> Image.Image:
         raise ValueError(
             f"an array of shape {tuple(array.shape)} is no image: expected [h, w], [h, w, 1, 3 or 4] or [1 or 3, h, w]"
         )
+    return values
+
+
+def _is_deep(values: NDArray[Any]) -> bool:
+    return values.dtype.kind in "iu" and values.dtype != np.uint8
+
+
+def _from_array(array: NDArray[Any] | torch.Tensor, bits: int | None) -> Image.Image:
+    values = _values(array)
     if np.issubdtype(values.dtype, np.floating):
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
             raise ValueError("an array of floating-point pixels needs values in [0, 1]; divide by their range first")
         values = (values * 255).round().astype(np.uint8)
-    if values.dtype == np.bool_:
+    elif values.dtype == np.bool_:
         values = values.astype(np.uint8) * 255
-    if values.dtype != np.uint8 and not (values.dtype == np.uint16 and values.ndim == 2):
-        raise ValueError(
-            "an array of pixels is uint8, floating point in [0, 1], or uint16 [h, w]; "
-            f"got {values.dtype} {values.shape}"
-        )
+    elif _is_deep(values):
+        if not in_range(values):
+            raise ValueError(
+                f"an array of pixels has whole numbers from 0 to 65535; got {values.dtype} from {values.min()} to "
+                f"{values.max()}. Bring them into [0, 1] first"
+            )
+        values = eight_bits(values, bits)
+    elif values.dtype != np.uint8:
+        raise ValueError(f"an array of pixels is uint8, uint16 or floating point in [0, 1]; got {values.dtype}")
     return Image.fromarray(np.ascontiguousarray(values))

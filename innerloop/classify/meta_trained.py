@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -19,12 +20,13 @@ from torch import Tensor
 
 import innerloop
 from innerloop.classify import weighing as weighed
-from innerloop.classify.classifier import Classifier
-from innerloop.classify.estimate import Estimate, estimate
-from innerloop.classify.images import ImageLike, read_image
+from innerloop.classify.classifier import Classifier, named
+from innerloop.classify.estimate import Estimate, estimate, firsts, folds
+from innerloop.classify.images import ImageLike, deep_value, image_name, read_image
 from innerloop.classify.support import Support, SupportSource, read_support
 from innerloop.classify.weighing import Weighing
 from innerloop.data import Preprocessing
+from innerloop.data.depth import misfit, misfits
 from innerloop.data.preprocessing import Ink
 from innerloop.learner import MetaLearner
 from innerloop.norm_layers import Normalisation
@@ -40,6 +42,8 @@ PACKAGED = Path(innerloop.__file__).parent / "checkpoints" / "strokes"
 
 InkChoice = Literal["auto", "dark", "bright"]
 """The ink of a person's drawings, ``"auto"`` for what their support images show."""
+
+logger = logging.getLogger(__name__)
 
 
 def load(run: str | os.PathLike[str] | None = None) -> MetaTrained:
@@ -172,7 +176,7 @@ class MetaTrained:
             raise ValueError(f"weighing must be one of {', '.join(get_args(Weighing))}; got {weighing!r}")
         if steps is not None and steps < 0:
             raise ValueError(f"steps must be 0 or more, got {steps}")
-        as_they_are = replace(self.preprocessing, invert=False, bits=bits or self.preprocessing.bits)
+        as_they_are = replace(self.preprocessing, invert=False, bits=self.preprocessing.bits if bits is None else bits)
         read = read_support(support, as_they_are, skip_broken=skip_broken)
         preprocessing, notes = self._with_ink(read, ink)
         preprocessing = replace(preprocessing, bits=read.bits)
@@ -319,21 +323,27 @@ class Adaptation:
 
     @property
     def support_losses(self) -> Tensor:
-        """``[K + 1]``: mean cross-entropy of the support set after 0 .. K inner steps."""
+        """``[K + 1]``: mean cross-entropy of the support set after 0 .. K inner steps, weighed as it was adapted."""
         targets = self.examples.targets
         return torch.stack([weighed.cross_entropy(logits, targets, self.weighing) for logits in self._support_logits])
 
     @property
     def support_accuracies(self) -> Tensor:
-        """``[K + 1]``: the fraction of the support set told right after 0 .. K inner steps."""
+        """``[K + 1]``: the fraction of the support set told right after 0 .. K inner steps, weighed in the same way."""
         return weighed.accuracy(self._support_logits.argmax(2), self.examples.targets, self.weighing)
 
     def probabilities(self, images: Iterable[ImageLike]) -> Tensor:
         """``[K + 1, n, ways]``: what images are taken for after 0 .. K inner steps.
 
+        16-bit images that do not fit the bits in use are said in a logged warning.
+
         Raises:
             OSError, ValueError: an image cannot be read.
         """
+        images, bits = list(images), self.preprocessing.bits
+        other = [image_name(image, i) for i, image in enumerate(images, start=1) if misfit(deep_value(image), bits)]
+        if other:
+            logger.warning(misfits(named(other), bits))
         pixels = [read_image(image, self.preprocessing) for image in images]
         if not pixels:
             return torch.empty(self.steps + 1, 0, len(self.classes))
@@ -364,7 +374,7 @@ class Adaptation:
                 "images": sum(shots),
                 "shots": list(shots),
                 "steps": self.steps,
-                **({} if min(shots) == max(shots) else {"weighing": self.weighing}),
+                "weighing": self.weighing,
             },
             provenance={
                 "run": trained.path.resolve().name,
@@ -376,11 +386,17 @@ class Adaptation:
             },
         )
 
+    @property
+    def estimate_folds(self) -> int:
+        """How many adaptations ``estimate`` makes."""
+        targets = self.examples.targets
+        return len(folds(targets[firsts(targets, self.support.same)]))
+
     def estimate(self, tick: Callable[[], None] = lambda: None) -> Estimate | None:
         """How good the classifier is, from the support set alone: images are held out in turn, see ``estimate``.
 
-        None where a class has a single image: without it there would be no such class. ``tick`` is called after each
-        fold.
+        None where a class has a single image, copies aside: without it there would be no such class. ``tick`` is
+        called after each of ``estimate_folds`` adaptations.
         """
         inputs, targets = self.examples
 
@@ -391,4 +407,4 @@ class Adaptation:
             classes: Tensor = logits.argmax(1)
             return classes
 
-        return estimate(targets, predicted, tick, self.weighing)
+        return estimate(targets, predicted, tick, self.weighing, self.support.same)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from innerloop.classify.images import ImageLike, deep_value, image_name, read_image
 from innerloop.data import BrokenImagesError, Preprocessing
-from innerloop.data.depth import assumed, bits_in_use
+from innerloop.data.depth import bits_of
 from innerloop.data.folder import find_classes
 from innerloop.data.images import Pixels, check_folder
 from innerloop.data.preprocessing import Ink, ink_of
@@ -40,6 +40,7 @@ class Support:
         ink: of its drawings, where they are drawings and agree; else None.
         bits: that its 16-bit images use, as the preprocessing has it or as they show; None where there are none.
         notes: what a person may want to know of it.
+        same: int64 ``[n]``, a number of its own for each image, and one for images with the same pixels.
     """
 
     classes: tuple[str, ...]
@@ -48,6 +49,7 @@ class Support:
     ink: Ink | None
     notes: tuple[str, ...] = ()
     bits: int | None = None
+    same: Tensor | None = None
 
     @property
     def shots(self) -> tuple[int, ...]:
@@ -94,28 +96,18 @@ def read_support(source: SupportSource, preprocessing: Preprocessing, *, skip_br
     if lost:
         raise ValueError(f"no image of class {names[min(lost)]!r} can be read")
     pixels = list(kept.values())
-    _warn_of_copies(pixels, targets, [_described(*images[i], i) for i in kept])
+    same = _same(pixels)
+    _warn_of_copies(same, targets, [_described(*images[i], i) for i in kept])
+    notes += _copies_in_a_class(same, targets, names)
     tensors = torch.from_numpy(np.stack(pixels)), torch.tensor(targets)
-    return Support(tuple(names), *tensors, _common_ink(pixels), tuple(notes), bits)
+    return Support(tuple(names), *tensors, _common_ink(pixels), tuple(notes), bits, torch.tensor(same))
 
 
 def _bits(images: Sequence[ImageLike], known: int | None) -> tuple[int | None, list[str]]:
     """How many bits the 16-bit images use, and what is to be said of it."""
     with ThreadPoolExecutor() as pool:
         deep = [value for value in pool.map(deep_value, images) if value]
-    if not known:
-        found = bits_in_use(deep)
-        return found, [assumed(found)] if found else []
-    beyond = sum(value >= 2**known for value in deep)
-    return known, [too_bright(beyond, known)] if beyond else []
-
-
-def too_bright(images: int, bits: int) -> str:
-    """What is said of images that do not fit into the bits in use."""
-    return (
-        f"{images} 16-bit image{'s' * (images != 1)} with values above {2**bits - 1}, which is white here ({bits} "
-        "bits): what is brighter is cut off. --bits 16 takes all"
-    )
+    return bits_of(deep, known)
 
 
 def _in_folder(source: str | os.PathLike[str]) -> tuple[dict[str, list[ImageLike]], list[str]]:
@@ -179,13 +171,32 @@ def _described(name: str, image: ImageLike, number: int) -> str:
     return image_name(image, number + 1) if isinstance(image, str | Path) else f"an image of class {name!r}"
 
 
-def _warn_of_copies(pixels: Sequence[Pixels], targets: Sequence[int], names: Sequence[str]) -> None:
-    """Warn of one image in two classes, told by what the network would see of it."""
+def _same(pixels: Sequence[Pixels]) -> list[int]:
+    """For each image the number of the first that is the same, told by what the network would see of it."""
     first: dict[bytes, int] = {}
-    for i, image in enumerate(pixels):
-        j = first.setdefault(hashlib.sha256(image.tobytes()).digest(), i)
+    return [first.setdefault(hashlib.sha256(image.tobytes()).digest(), i) for i, image in enumerate(pixels)]
+
+
+def _warn_of_copies(same: Sequence[int], targets: Sequence[int], names: Sequence[str]) -> None:
+    """Warn of one image in two classes."""
+    for i, j in enumerate(same):
         if targets[i] != targets[j]:
             logger.warning("the same image is in two classes: %s and %s", names[j], names[i])
+
+
+def _copies_in_a_class(same: Sequence[int], targets: Sequence[int], names: Sequence[str]) -> list[str]:
+    """What is to be said of images that are in their own class twice."""
+    of_class = Counter(targets)
+    of_class.subtract(Counter(target for target, _ in set(zip(targets, same, strict=True))))
+    with_copies = [names[c] for c in sorted(of_class) if of_class[c]]
+    count = sum(of_class.values())
+    if not count:
+        return []
+    shown = ", ".join(with_copies[:3]) + (", ..." if len(with_copies) > 3 else "")
+    return [
+        f"{count} image{'s are copies' if count > 1 else ' is a copy'} of others of the same class ({shown}): adapting "
+        "counts them, the estimate of accuracy counts an image and its copies once"
+    ]
 
 
 def _common_ink(pixels: Sequence[Pixels]) -> Ink | None:

@@ -17,21 +17,28 @@ def cross_entropy(logits: Tensor, targets: Tensor, weighing: Weighing) -> Tensor
 
     Where all classes have equally many images it is the same number, by the same operations.
     """
-    counts = targets.bincount()
-    present = counts[counts > 0]
-    if weighing == "images" or bool((present == present[0]).all()):
+    if weighing == "images" or _equal(targets):
         return F.cross_entropy(logits, targets)
     losses = F.cross_entropy(logits, targets, reduction="none")
-    return (losses / counts[targets]).sum() / len(present)
+    return _mean_over_classes(losses, targets)
 
 
 def accuracy(predicted: Tensor, targets: Tensor, weighing: Weighing) -> Tensor:
     """The fraction ``[...]`` that is right of predictions ``[..., n]``, images weighed as in ``cross_entropy``."""
     right = (predicted == targets).float()
-    if weighing == "images":
-        return right.mean(-1)
+    return right.mean(-1) if weighing == "images" or _equal(targets) else _mean_over_classes(right, targets)
+
+
+def _equal(targets: Tensor) -> bool:
+    """Whether all classes that there are have equally many images."""
     counts = targets.bincount()
-    return (right / counts[targets]).sum(-1) / int((counts > 0).sum())
+    present = counts[counts > 0]
+    return bool((present == present[0]).all())
+
+
+def _mean_over_classes(values: Tensor, targets: Tensor) -> Tensor:
+    counts = targets.bincount()
+    return (values / counts[targets]).sum(-1) / int((counts > 0).sum())
 
 
 def note(shots: Sequence[int], weighing: Weighing) -> list[str]:

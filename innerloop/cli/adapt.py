@@ -14,7 +14,6 @@ from pydantic import Field
 from rich.console import Console
 
 from innerloop.classify import Adaptation, Estimate, load
-from innerloop.classify.estimate import folds
 from innerloop.classify.meta_trained import InkChoice
 from innerloop.classify.weighing import Weighing
 from innerloop.cli.arguments import check_out, parsed
@@ -74,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
         classifier = adaptation.classifier
     estimate = None
     if chosen.estimate:
-        with progress.task("estimating the accuracy", len(folds(adaptation.examples.targets))) as bar:
+        with progress.task("estimating the accuracy", adaptation.estimate_folds) as bar:
             estimate = adaptation.estimate(bar.advance)
         classifier = classifier.with_estimate(estimate)
     classifier.save(chosen.out)
@@ -88,9 +87,9 @@ def run(arguments: Sequence[str]) -> int:
         *classifier.notes,
         f"{_classes(adaptation)}",
         f"after {adaptation.steps} inner steps: loss on these images {losses[0]:.3f} -> {losses[-1]:.3f}, "
-        f"told right {accuracies[0]:.0%} -> {accuracies[-1]:.0%}",
+        f"told right {accuracies[0]:.0%} -> {accuracies[-1]:.0%}{_weighed(adaptation)}",
     ]
-    lines += [_estimate(estimate)] if chosen.estimate else []
+    lines += [_estimate(estimate, adaptation)] if chosen.estimate else []
     lines += [f"written: {chosen.out}. Use it: innerloop predict {shlex.quote(str(chosen.out))} IMAGES"]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -104,13 +103,26 @@ def _classes(adaptation: Adaptation) -> str:
     return f"{len(shots)} classes, {sum(shots)} images: {named}{more}"
 
 
-def _estimate(found: Estimate | None) -> str:
+def _unequal(adaptation: Adaptation) -> bool:
+    return len(set(adaptation.support.shots)) > 1
+
+
+def _weighed(adaptation: Adaptation) -> str:
+    """What the figures are means over, where it makes a difference."""
+    return f" (means over {adaptation.weighing}, each counting the same)" if _unequal(adaptation) else ""
+
+
+def _estimate(found: Estimate | None, adaptation: Adaptation) -> str:
     if found is None:
-        return "accuracy: a class with a single image gives no estimate; with two or more of each there is one"
+        return (
+            "accuracy: a class with a single image gives no estimate; with two or more of each, no copies, there is one"
+        )
     how = "one image held out at a time" if found.kind == "leave-one-out" else "some held out at a time"
     of = f"{found.correct} of {found.images}"
     if found.of_classes:
         of = f"mean over classes, each counting the same; {of} images"
+    elif found.weighing == "images" and _unequal(adaptation):
+        of += ", a mean over images, each counting the same"
     return (
         f"accuracy on images it was not adapted to: {found.accuracy:.0%} ({of}), "
         f"95% interval {found.low:.0%} to {found.high:.0%} ({found.kind}: {found.folds} adaptations, {how})"

@@ -64,10 +64,13 @@ def run(arguments: Sequence[str]) -> int:
     shape = ["n", preprocessing.channels, preprocessing.size, preprocessing.size]
     if chosen.json:
         values = {"file": str(done.path), "format": asked[0], "output": done.output, "difference": done.difference}
-        print(json.dumps({**values, "input": shape, "classes": classifier.classes, "invert": preprocessing.invert}))
+        first = {"invert": preprocessing.invert, "bits": preprocessing.bits}
+        print(json.dumps({**values, "input": shape, "classes": classifier.classes, **first}))
         return 0
     ways = len(classifier.classes)
     print(f"written: {done.path}. images [{', '.join(map(str, shape))}] in [0, 1] -> {done.output} [n, {ways}]")
+    if preprocessing.bits:
+        print(f"divide 16-bit images by {2**preprocessing.bits - 1}; what is above is 1")
     if preprocessing.invert:
         print("turn images over first (1 - value): the network knows bright ink on a dark page")
     if done.difference is None:

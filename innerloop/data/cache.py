@@ -54,7 +54,13 @@ def load_cached(cache: Cache, kind: str, key: str) -> ClassImages | None:
             images = file.get_tensor("images")
         if described["checksum"] != _checksum(images):
             raise ValueError("its checksum does not match")
-        return ClassImages(images, tuple(described["sizes"]), tuple(described["names"]), described.get("bits"))
+        return ClassImages(
+            images,
+            tuple(described["sizes"]),
+            tuple(described["names"]),
+            described["bits"],
+            described["brightest"],
+        )
     except Exception as error:
         # Whatever is wrong with it (half a file, a bad disk, an older layout), decoding again puts it right.
         logger.warning("ignoring the damaged cache %s (%s); reading the images again", path, error)
@@ -70,6 +76,7 @@ def store_cached(cache: Cache, kind: str, key: str, classes: ClassImages) -> Non
         "sizes": classes.sizes,
         "names": classes.names,
         "bits": classes.bits,
+        "brightest": classes.brightest,
         "checksum": _checksum(classes.images),
     }
     temporary = None

@@ -23,13 +23,15 @@ class ClassImages:
         sizes: how many images each class has, ``n_images`` in all; class ``c``'s images follow those of the
             classes before it.
         names: one name a class.
-        bits: that the 16-bit images among them use; None where there are none.
+        bits: in which the 16-bit images among them were read; None where there are none.
+        brightest: the largest value of those 16-bit images, as their files have it.
     """
 
     images: Tensor
     sizes: tuple[int, ...]
     names: tuple[str, ...]
     bits: int | None = None
+    brightest: int = 0
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
@@ -56,6 +58,7 @@ class ClassImages:
             sizes=tuple(self.sizes[c] for c in classes),
             names=tuple(self.names[c] for c in classes),
             bits=self.bits,
+            brightest=self.brightest,
         )
 
 

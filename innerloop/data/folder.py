@@ -14,7 +14,7 @@ from rich.console import Console
 from innerloop.data._random import check_whole, shuffled
 from innerloop.data.cache import Cache
 from innerloop.data.classes import SPLITS, ClassImages, ImageDataset, Split
-from innerloop.data.depth import assumed
+from innerloop.data.depth import check_bits
 from innerloop.data.images import (
     Fit,
     ImageSource,
@@ -22,6 +22,7 @@ from innerloop.data.images import (
     image_files,
     open_image,
     read_images,
+    say_bits,
     subfolders,
     visible,
 )
@@ -195,6 +196,7 @@ def image_folder(
     """
     check_whole("seed", seed, at_least=0)
     check_whole("at_least", at_least, at_least=1)
+    check_bits(bits)
     path = check_folder(root, _EXPECTED)
     given = _given_splits(path)
     found = list(given.values()) if given else [find_classes(path)]
@@ -222,8 +224,7 @@ def image_folder(
         cache=cache,
         progress=progress,
     )
-    if bits is None and everything.bits is not None:
-        logger.warning(assumed(everything.bits))
+    say_bits(everything, bits)
     dataset: dict[Split, ClassImages] = {}
     first = 0
     for split in SPLITS:

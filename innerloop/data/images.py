@@ -7,7 +7,7 @@ import io
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -19,7 +19,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from innerloop.data._progress import progress_bar
 from innerloop.data.cache import Cache, fingerprint, load_cached, store_cached
 from innerloop.data.classes import ClassImages
-from innerloop.data.depth import bits_in_use, check_colours, largest_value, to_eight_bits
+from innerloop.data.depth import (
+    UnusableImageError,
+    assumed,
+    bits_in_use,
+    check_bits,
+    cut_off,
+    depth_of,
+    in_range,
+    to_eight_bits,
+)
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset((
@@ -40,7 +49,7 @@ MAX_SIZE = 4096
 """Images are resized to at most so many pixels a side: a small description can ask for images that fill memory."""
 
 # Part of every cache key: raise it whenever the same file would come out as different pixels.
-PREPROCESSING_VERSION = 2
+PREPROCESSING_VERSION = 3
 _AT_ONCE = 64  # images a job of the thread pool; one at a time would cost more in hand-over than in decoding
 
 Fit = Literal["stretch", "crop", "ink"]
@@ -172,6 +181,7 @@ def read_images(
         raise ValueError(f"size must be at least 1 pixel and at most {MAX_SIZE}; got {size}")
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB); got {channels}")
+    check_bits(bits)
     contents = [(name, [(s.name, s.stamp) for s in sources]) for name, sources in classes.items()]
     key = fingerprint(kind, PREPROCESSING_VERSION, size, channels, fit, invert, bits, contents)
     cached = load_cached(cache, kind, key)
@@ -182,36 +192,40 @@ def read_images(
     images = torch.empty((len(sources), channels, size, size), dtype=torch.uint8)
     pixels = images.numpy()
     broken: dict[int, str] = {}
-    deep: dict[int, int] = {}  # largest value of each 16-bit image, where the bits are to be found
+    deep: dict[int, int] = {}  # largest value of each 16-bit image
 
     def decoded(data: bytes, bits: int | None) -> Pixels:
         return decode_image(data, size=size, channels=channels, fit=fit, invert=invert, bits=bits)
 
-    def decode(first: int) -> int:
-        chunk = sources[first : first + _AT_ONCE]
-        for row, source in enumerate(chunk, start=first):
+    def decode(rows: Sequence[int], bits: int | None) -> int:
+        for row in rows:
             try:
-                data = source.read()
+                data = sources[row].read()
                 pixels[row] = decoded(data, bits)
-                if bits is None and (largest := largest_value(data)):
+                if row not in deep and (largest := largest_value(data)):
                     deep[row] = largest
             except Exception as error:
                 # Pillow's decoders raise nearly anything on damaged files (OSError, SyntaxError,
                 # struct.error, zlib.error, ...), and whatever it was must not hide the other broken files.
                 broken[row] = str(error) or type(error).__name__
-        return len(chunk)
+        return len(rows)
 
-    with progress_bar(show=progress) as bar, ThreadPoolExecutor() as pool:
-        job = bar.add_task(f"Reading {kind}", total=len(sources))
-        for done in pool.map(decode, range(0, len(sources), _AT_ONCE)):
+    def decode_all(rows: Sequence[int], bits: int | None, what: str) -> None:
+        job = bar.add_task(what, total=len(rows))
+        chunks = [rows[first : first + _AT_ONCE] for first in range(0, len(rows), _AT_ONCE)]
+        for done in pool.map(lambda chunk: decode(chunk, bits), chunks):
             bar.advance(job, done)
 
-    found = bits or bits_in_use(deep.values())
-    if bits is None and found not in (None, 16):
-        for row in deep:
-            pixels[row] = decoded(sources[row].read(), found)
+    with progress_bar(show=progress) as bar, ThreadPoolExecutor() as pool:
+        decode_all(range(len(sources)), bits, f"Reading {kind}")
+        found = bits or bits_in_use(deep.values())
+        if found not in (bits, 16):
+            decode_all(sorted(deep), found, f"Scaling {kind} from {found} bits")
+
+    in_use = found if deep else None
+    brightest = max(deep.values(), default=0)
     if not broken:
-        result = ClassImages(images, tuple(map(len, classes.values())), tuple(classes), found)
+        result = ClassImages(images, tuple(map(len, classes.values())), tuple(classes), in_use, brightest)
         store_cached(cache, kind, key, result)
         return result
     named = [(sources[row].name, broken[row]) for row in sorted(broken)]
@@ -219,12 +233,11 @@ def read_images(
         raise BrokenImagesError(named, len(sources))
     # Not cached, so that every run says again what it leaves out.
     logger.warning("left out %d of %d images: %s", len(named), len(sources), BrokenImagesError(named, len(sources)))
-    return _without(images, classes, set(broken), found)
+    kept = _without(images, classes, set(broken))
+    return replace(kept, bits=in_use, brightest=brightest)
 
 
-def _without(
-    images: torch.Tensor, classes: Mapping[str, Sequence[ImageSource]], broken: set[int], bits: int | None
-) -> ClassImages:
+def _without(images: torch.Tensor, classes: Mapping[str, Sequence[ImageSource]], broken: set[int]) -> ClassImages:
     sizes: list[int] = []
     first = 0
     for name, sources in classes.items():
@@ -234,7 +247,7 @@ def _without(
         sizes.append(whole)
         first += len(sources)
     kept = [row for row in range(len(images)) if row not in broken]
-    return ClassImages(images[kept], tuple(sizes), tuple(classes), bits)
+    return ClassImages(images[kept], tuple(sizes), tuple(classes))
 
 
 def decode_image(
@@ -269,13 +282,46 @@ def image_pixels(
 ) -> Pixels:
     """An opened image, decoded or not, as uint8 ``[channels, size, size]``; see :func:`decode_image`."""
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(
+        raise UnusableImageError(
             f"{image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS // 10**6} megapixels; "
             "make the image smaller"
         )
-    check_colours(image)
-    image = to_eight_bits(ImageOps.exif_transpose(image), bits)
+    depth = depth_of(image)
+    image = to_eight_bits(ImageOps.exif_transpose(image), bits, depth)
     return prepare_image(image, size=size, channels=channels, fit=fit, invert=invert)
+
+
+def largest_value(image: Image.Image | bytes) -> int:
+    """The largest value of a 16-bit image whose white is to be found; 0 of others, and of what cannot be read."""
+    if isinstance(image, bytes):
+        if not _may_be_deep(image):
+            return 0
+        try:
+            with open_image(io.BytesIO(image)) as opened:
+                return largest_value(opened)
+        except Exception:  # Pillow raises nearly anything; what is broken is said where the image is read
+            return 0
+    if image.width * image.height > MAX_PIXELS or not depth_of(image).white_unknown:
+        return 0
+    values = np.asarray(image)
+    return int(values.max()) if in_range(values) else 0
+
+
+def _may_be_deep(data: bytes) -> bool:
+    """Whether an encoded image has to be opened to know: of the common kinds the first bytes tell."""
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return data[24:26] == b"\x10\0"  # 16 bits, grey
+    return data[:2] != b"\xff\xd8" and data[:4] not in (b"GIF8", b"RIFF")  # JPEG, GIF, WebP
+
+
+def say_bits(classes: ClassImages, given: int | None) -> None:
+    """Log what was assumed of 16-bit images, or that some do not fit into the bits that were given."""
+    if classes.bits is None:
+        return
+    if given is None:
+        logger.warning(assumed(classes.bits))
+    elif classes.brightest >= 2**given:
+        logger.warning(cut_off(f"16-bit images, up to {classes.brightest},", given))
 
 
 @functools.cache

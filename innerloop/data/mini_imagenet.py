@@ -13,6 +13,7 @@ from PIL import Image
 from innerloop.data._pickles import read_pickle
 from innerloop.data.cache import Cache
 from innerloop.data.classes import SPLITS, ClassImages, ImageDataset, Split
+from innerloop.data.depth import check_bits
 from innerloop.data.images import (
     MAX_SIZE,
     ImageSource,
@@ -20,6 +21,7 @@ from innerloop.data.images import (
     class_folders,
     prepare_image,
     read_images,
+    say_bits,
     subfolders,
 )
 
@@ -49,6 +51,7 @@ def mini_imagenet(
     *,
     size: int = 84,
     splits_dir: str | Path | None = None,
+    bits: int | None = None,
     skip_broken: bool = False,
     cache: Cache = True,
     progress: bool = False,
@@ -68,6 +71,7 @@ def mini_imagenet(
         root: the folder.
         size: height and width in pixels; other shapes are stretched to it, as the published files were.
         splits_dir: the folder of the CSV files.
+        bits: that values of 16-bit grey images use; None finds it over all splits, and says it in a logged warning.
         skip_broken: leave out images that cannot be decoded, with a logged warning, instead of raising.
         cache: keep images decoded from files: ``True``, ``False`` or a folder.
         progress: show a progress bar with the time left.
@@ -83,29 +87,40 @@ def mini_imagenet(
         BrokenImagesError: naming every image that cannot be decoded.
     """
     path = check_folder(root, _EXPECTED)
+    check_bits(bits)
     if not 1 <= size <= MAX_SIZE:
         raise ValueError(f"size must be at least 1 pixel and at most {MAX_SIZE}; got {size}")
     for files in _PICKLES:
         if any((path / name).exists() for name in files.values()):
             return {split: _read_split_pickle(path / files[split], size) for split in SPLITS}
 
-    listed = _list_folders(path) if splits_dir is None else None
-    if listed is None:
-        listed = _list_csv(path, path if splits_dir is None else Path(splits_dir).expanduser())
-    if listed is None:
+    found = _list_folders(path) if splits_dir is None else None
+    if found is None:
+        found = _list_csv(path, path if splits_dir is None else Path(splits_dir).expanduser())
+    if found is None:
         raise ValueError(f"{str(root)!r} holds no mini-ImageNet; expected {_LAYOUTS}")
-    return {
-        split: read_images(
+    listed = found
+
+    def read(split: Split, bits: int | None) -> ClassImages:
+        return read_images(
             f"mini_imagenet-{split}",
             listed[split],
             size=size,
             channels=3,
+            bits=bits,
             skip_broken=skip_broken,
             cache=cache,
             progress=progress,
         )
-        for split in SPLITS
-    }
+
+    dataset = {split: read(split, bits) for split in SPLITS}
+    # A split knows only its own values, and white is the same in all.
+    in_use = max(classes.bits or 0 for classes in dataset.values())
+    for split, classes in dataset.items():
+        if classes.bits not in (None, in_use):
+            dataset[split] = read(split, in_use)
+    say_bits(max(dataset.values(), key=lambda classes: classes.brightest), bits)
+    return dataset
 
 
 def _list_folders(root: Path) -> Listed | None:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from innerloop.data.depth import check_bits
 from innerloop.data.images import MAX_SIZE, Fit, Pixels, decode_image, image_pixels
 
 Ink = Literal["dark", "bright"]
@@ -53,8 +54,7 @@ class Preprocessing:
             raise ValueError(f"size must be at least 1 pixel and at most {MAX_SIZE}; got {self.size}")
         if self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (RGB); got {self.channels}")
-        if self.bits is not None and not 8 <= self.bits <= 16:
-            raise ValueError(f"bits must be 8 to 16; got {self.bits}")
+        check_bits(self.bits)
         per_channel("mean", self.mean, self.channels)
         per_channel("std", self.std, self.channels)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
+from innerloop.classify.weighing import Weighing
+
 
 class Failure(BaseModel):
     """Any answer that is not a success."""
@@ -59,8 +61,13 @@ class Adapted(BaseModel):
     id: str = Field(description="For /api/predict/{id}. It cannot be guessed; whoever has it can use the classifier.")
     classes: list[str]
     steps: int = Field(description="K, inner steps taken.")
-    support_losses: list[float] = Field(description="Cross-entropy on the support set after 0, 1, ..., K inner steps.")
-    support_accuracies: list[float] = Field(description="Share of the support set that is right after each step.")
+    weighing: Weighing = Field(description="What counts the same in adapting and in the figures here.")
+    support_losses: list[float] = Field(
+        description="Cross-entropy on the support set after 0, 1, ..., K inner steps, weighed so."
+    )
+    support_accuracies: list[float] = Field(
+        description="Share of the support set that is right after each step, weighed so."
+    )
     notes: list[str] = Field(description="What a person may want to know, such as that dark ink was turned over.")
 
 
@@ -79,3 +86,4 @@ class Predicted(BaseModel):
 
     classes: list[str]
     predictions: list[Prediction]
+    notes: list[str] = Field(description="Such as that images are brighter than those the classifier was made from.")

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from innerloop import __version__
 from innerloop.classify.weighing import Weighing
+from innerloop.data.depth import bits_of, misfit, misfits
 from innerloop.serve.answers import Adapted, Failure, Health, Info, LimitsInfo, ModelInfo, Predicted, Prediction
 from innerloop.serve.gate import Gate
 from innerloop.serve.guard import LOOPBACK, Guard
 from innerloop.serve.kept import Kept
-from innerloop.serve.limits import Limits, RefusedError
-from innerloop.serve.uploads import AdaptRequest, PredictRequest, bits_of, decode, read_queries, read_support
+from innerloop.serve.limits import Limits, RefusedError, plural
+from innerloop.serve.uploads import AdaptRequest, PredictRequest, decode, read_queries, read_support
 
 if TYPE_CHECKING:
     from innerloop.classify import Adaptation, MetaTrained
@@ -75,27 +76,34 @@ def create_app(trained: MetaTrained, limits: Limits | None = None, hosts: frozen
         request: Request,
         steps: int | None = Query(None, description="Inner steps; by default those of the model."),
         weighing: Weighing | None = Query(None, description="What counts the same; by default every class."),  # noqa: B008
+        bits: int | None = Query(
+            None, ge=8, le=16, description="That values of 16-bit images use; by default those of the model, or found."
+        ),
     ) -> Adapted:
         """Adapt the model to examples of at least two classes. The answer's id names the classifier from then on."""
         if steps is not None and not 1 <= steps <= bounds.steps:
             raise RefusedError(422, f"steps must be between 1 and {bounds.steps}, not {steps}.")
         support = await read_support(request, bounds)
 
-        def adapted() -> tuple[tuple[Adaptation, Preprocessing], list[float], list[float]]:
-            everything = [u for uploads in support.values() for u in uploads]
-            preprocessing = trained.preprocessing
-            if preprocessing.bits is None:
-                preprocessing = replace(preprocessing, bits=bits_of(everything, bounds))
-            images = iter(decode(everything, preprocessing, bounds))
+        def adapted() -> tuple[tuple[Adaptation, Preprocessing], list[float], list[float], list[str]]:
+            known = trained.preprocessing.bits if bits is None else bits
+            read = decode(
+                [u for uploads in support.values() for u in uploads],
+                replace(trained.preprocessing, bits=known),
+                bounds,
+            )
+            images = iter(read.pixels)
             by_class = {name: [next(images) for _ in uploads] for name, uploads in support.items()}
             with _in_words():
                 how: dict[str, Any] = {} if weighing is None else {"weighing": weighing}
-                how |= {} if preprocessing.bits is None else {"bits": preprocessing.bits}
+                how |= {} if read.bits is None else {"bits": read.bits}
                 adaptation = trained.adaptation(by_class, steps=steps, **how)
                 losses, accuracies = adaptation.support_losses.tolist(), adaptation.support_accuracies.tolist()
-                return (adaptation, preprocessing), losses, accuracies
+            _, notes = bits_of(read.largest, known)
+            made = adaptation, replace(trained.preprocessing, bits=read.bits)
+            return made, losses, accuracies, [*notes, *adaptation.notes]
 
-        made, losses, accuracies = await gate.run(adapted)
+        made, losses, accuracies, notes = await gate.run(adapted)
         adaptation, _ = made
         if not all(map(math.isfinite, losses)):
             raise RefusedError(422, "The inner loop diverged on these examples; take fewer steps or other examples.")
@@ -103,9 +111,10 @@ def create_app(trained: MetaTrained, limits: Limits | None = None, hosts: frozen
             id=kept.keep(made, _size(adaptation)),
             classes=list(adaptation.classes),
             steps=adaptation.steps,
+            weighing=weighing or "classes",
             support_losses=losses,
             support_accuracies=accuracies,
-            notes=list(adaptation.notes),
+            notes=notes,
         )
 
     @app.post(
@@ -119,14 +128,19 @@ def create_app(trained: MetaTrained, limits: Limits | None = None, hosts: frozen
         adaptation, preprocessing = kept.get(id)
         uploads = await read_queries(request, bounds)
 
-        def probabilities() -> Tensor:
-            images = decode(uploads, preprocessing, bounds)
+        def probabilities() -> tuple[Tensor, list[str]]:
+            # A classifier that knows of no 16-bit images takes all of their bits: an answer is its image's own.
+            read = decode(uploads, replace(preprocessing, bits=preprocessing.bits or 16), bounds)
+            other = sum(misfit(largest, preprocessing.bits) for largest in read.largest)
             with _in_words():
-                return adaptation.probabilities(images)
+                notes = [misfits(plural(other, "image"), preprocessing.bits)] if other else []
+                return adaptation.probabilities(read.pixels), notes
 
-        by_step = (await gate.run(probabilities)).transpose(0, 1)  # [n, K+1, ways]
+        found, notes = await gate.run(probabilities)
+        by_step = found.transpose(0, 1)  # [n, K+1, ways]
         classes = list(adaptation.classes)
-        return Predicted(classes=classes, predictions=[_prediction(classes, image.tolist()) for image in by_step])
+        predictions = [_prediction(classes, image.tolist()) for image in by_step]
+        return Predicted(classes=classes, predictions=predictions, notes=notes)
 
     @app.delete("/api/classifiers/{id}", tags=["classifiers"], status_code=204, responses=_failures(404))
     async def forget(id: str) -> Response:

@@ -6,9 +6,9 @@ import base64
 import binascii
 import io
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import anyio
 from PIL import Image
@@ -19,8 +19,8 @@ from python_multipart.multipart import File, FormParser, parse_options_header
 from starlette.requests import Request
 
 from innerloop.data import Preprocessing
-from innerloop.data.depth import bits_in_use, largest_value, may_be_deep
-from innerloop.data.images import Pixels
+from innerloop.data.depth import UnusableImageError, bits_in_use
+from innerloop.data.images import Pixels, largest_value
 from innerloop.serve.limits import Limits, RefusedError, plural
 
 # What browsers and cameras make. Not every decoder that Pillow has: some run other programs (EPS) or write files.
@@ -58,6 +58,20 @@ class Upload:
 
     title: str
     content: bytes
+
+
+class Decoded(NamedTuple):
+    """Images that were read.
+
+    Attributes:
+        pixels: uint8 ``[channels, size, size]`` each.
+        largest: the largest value of each that has 16 bits and does not say what is white; 0 of others.
+        bits: in which 16-bit images were read; None where there are none, and nothing is known of them.
+    """
+
+    pixels: list[Pixels]
+    largest: list[int]
+    bits: int | None
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -105,12 +119,13 @@ async def read_queries(request: Request, limits: Limits) -> list[Upload]:
     return uploads
 
 
-def decode(uploads: Iterable[Upload], preprocessing: Preprocessing, limits: Limits) -> list[Pixels]:
+def decode(uploads: Sequence[Upload], preprocessing: Preprocessing, limits: Limits) -> Decoded:
     """Images as uint8 ``[channels, size, size]``, decoded one at a time after the size in every header was checked.
 
     Args:
         uploads: image files.
-        preprocessing: of the model. Its inversion is left to the library, which looks at all examples first.
+        preprocessing: of the model. Its inversion is left to the library, which looks at all examples first. Where it
+            does not know how many bits 16-bit images use, they are found over all of these.
         limits: bounds on images.
 
     Raises:
@@ -126,38 +141,21 @@ def decode(uploads: Iterable[Upload], preprocessing: Preprocessing, limits: Limi
                 413, f"The images have more than {limits.request_pixels:,} pixels together; send fewer or smaller ones."
             )
         opened.append((upload, image))
-    as_they_are = replace(preprocessing, invert=False)
-    return [_decoded(upload, image, as_they_are) for upload, image in opened]
-
-
-def bits_of(uploads: Iterable[Upload], limits: Limits) -> int | None:
-    """How many bits the 16-bit images among them use; None where there are none.
-
-    Raises ``RefusedError`` as ``decode``.
-    """
-    opened = ((upload, _opened(upload, limits)) for upload in uploads if may_be_deep(upload.content))
-    return bits_in_use([_largest(upload, image) for upload, image in opened])
-
-
-def _largest(upload: Upload, image: Image.Image) -> int:
-    with image:
-        try:
-            return largest_value(image)
-        except Exception as error:
-            raise RefusedError(422, f"{upload.title} is damaged and cannot be read.") from error
+    largest = [largest_value(upload.content) for upload in uploads]
+    bits = preprocessing.bits or bits_in_use(largest)
+    as_they_are = replace(preprocessing, invert=False, bits=bits)
+    return Decoded([_decoded(upload, image, as_they_are) for upload, image in opened], largest, bits)
 
 
 def _decoded(upload: Upload, image: Image.Image, preprocessing: Preprocessing) -> Pixels:
     with image:
         try:
-            image.load()
+            return preprocessing.pixels(image)
+        except UnusableImageError as error:
+            raise RefusedError(422, f"{upload.title} cannot be used: {error}.") from error
         except Exception as error:
             # Pillow's decoders raise nearly anything on damaged files (OSError, SyntaxError, struct.error, ...).
             raise RefusedError(422, f"{upload.title} is damaged and cannot be read.") from error
-        try:
-            return preprocessing.pixels(image)
-        except ValueError as error:
-            raise RefusedError(422, f"{upload.title} cannot be used: {error}.") from error
 
 
 def _opened(upload: Upload, limits: Limits) -> Image.Image:

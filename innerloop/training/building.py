@@ -135,6 +135,7 @@ def _images(data: DataConfig, preprocessing: Preprocessing, seed: int, progress:
             data.data,
             size=size,
             splits_dir=data.splits_dir,
+            bits=preprocessing.bits,
             skip_broken=data.skip_broken,
             progress=progress,
         )

@@ -65,7 +65,7 @@ class DataConfig:
     invert: bool = False
     """A folder's images are dark ink on a light page: turn them over, so that ink is bright."""
     bits: Annotated[int, Field(ge=0, le=16)] = 0
-    """Bits that the values of a folder's 16-bit images use, such as 12 (0: found over all images, and recorded)."""
+    """Bits that values of 16-bit images use, such as 12 (0: found over all images of the data set, and recorded)."""
     centre: bool = False
     """Drawings are cut to their ink and laid in the middle at one size, wherever and however large they were drawn."""
     splits_dir: Path | None = None
@@ -231,6 +231,8 @@ def config_from_json(values: dict[str, Any]) -> Config:
         raise ConfigError("--dataset mini-imagenet has colour images: --channels 3, not 1")
     if 0 < config.data.bits < 8:
         raise ConfigError(f"--bits {config.data.bits}: values of 16-bit images use 8 to 16 bits; 0 finds how many")
+    if config.data.bits and config.data.dataset not in ("folder", "mini-imagenet"):
+        raise ConfigError(f"--bits is for 16-bit images, and --dataset {config.data.dataset} has none")
     if config.data.centre and config.data.dataset in ("mini-imagenet", "sinusoid"):
         raise ConfigError(f"--centre is for drawings, and --dataset {config.data.dataset} has none")
     return config

@@ -234,7 +234,7 @@ async function answer() {
   try {
     const said = await predict(id, queryPad.url(), asking.abort.signal);
     if (adapted?.id !== id || queryPad.empty) return;
-    prediction = said.predictions[0];
+    prediction = { ...said.predictions[0], notes: said.notes };
     hideProblem();
   } catch (error) {
     if (adapted?.id !== id) return; // another was learned meanwhile
@@ -304,20 +304,27 @@ function update() {
   showAnswer();
 }
 
+const equal = (counts) => Math.max(...counts) === Math.min(...counts);
+
+/** What a share is one of: of unequal classes, a mean over them unless every example counts the same. */
+const examplesMeant = (counts) =>
+  adapted.weighing === "images" || equal(counts) ? "your examples are" : "each class's examples (a mean over the classes) are";
+
 function showAdaptation() {
   const button = $("adapt-button");
   button.disabled = $("demo").disabled = $("start-over").disabled = adapting;
   button.textContent = adapting ? "Adapting…" : adapted ? "Adapt again" : "Adapt";
   const lacking = missing();
+  const counts = classes.map((one) => one.examples.length);
   $("adapt-status").textContent =
     !adapting && (!adapted || changed) && lacking ? lacking.text
-    : adapted && !changed ? `${percent(adapted.support_accuracies.at(-1))} of your examples are recognised after ${plural(adapted.steps, "step")}; ${percent(adapted.support_accuracies[0])} before.`
+    : adapted && !changed ? `${percent(adapted.support_accuracies.at(-1))} of ${examplesMeant(counts)} recognised after ${plural(adapted.steps, "step")}; ${percent(adapted.support_accuracies[0])} before.`
     : "";
-  const counts = classes.map((one) => one.examples.length);
-  $("weighing").hidden = Math.max(...counts) === Math.min(...counts);
+  $("weighing").hidden = equal(counts);
   $("loss").hidden = !adapted;
-  $("notes").hidden = !adapted?.notes.length;
-  $("notes").querySelector("ul").replaceChildren(...(adapted?.notes ?? []).map((note) => {
+  const notes = [...(adapted?.notes ?? []), ...(prediction?.notes ?? [])];
+  $("notes").hidden = !notes.length;
+  $("notes").querySelector("ul").replaceChildren(...notes.map((note) => {
     const item = document.createElement("li");
     item.textContent = note;
     return item;
