@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from innerloop.data import Preprocessing
-from innerloop.data.depth import eight_bits, in_range
+from innerloop.data.depth import eight_bits
 from innerloop.data.images import Pixels, largest_value
 
 ImageLike = Image.Image | str | os.PathLike[str] | bytes | NDArray[Any] | torch.Tensor
 """A path, the bytes of an image file, a Pillow image, or an array or tensor ``[h, w]``, ``[h, w, 1, 3 or 4]`` or
-``[1 or 3, h, w]``: uint8, floating point in [0, 1], or other whole numbers from 0 to 65535, which are read as those of
-16-bit images are."""
+``[1 or 3, h, w]``: uint8, floating point in [0, 1], or uint16, which is read as 16-bit images are."""
 
 
 def read_image(image: ImageLike, preprocessing: Preprocessing) -> Pixels:
@@ -51,7 +50,7 @@ def deep_value(image: ImageLike) -> int:
         except (ValueError, TypeError):  # said by read_image
             return 0
         colours = values[:, :, :3] if values.ndim == 3 else values
-        return int(colours.max()) if _is_deep(values) and in_range(values) else 0
+        return int(colours.max()) if _is_deep(values) else 0
     if isinstance(image, str | os.PathLike):
         try:
             image = Path(image).read_bytes()
@@ -80,7 +79,7 @@ def _values(array: NDArray[Any] | torch.Tensor) -> NDArray[Any]:
 
 
 def _is_deep(values: NDArray[Any]) -> bool:
-    return values.dtype.kind in "iu" and values.dtype != np.uint8
+    return values.dtype.kind == "u" and values.dtype.itemsize == 2  # of either byte order
 
 
 def _from_array(array: NDArray[Any] | torch.Tensor, bits: int | None) -> Image.Image:
@@ -92,12 +91,10 @@ def _from_array(array: NDArray[Any] | torch.Tensor, bits: int | None) -> Image.I
     elif values.dtype == np.bool_:
         values = values.astype(np.uint8) * 255
     elif _is_deep(values):
-        if not in_range(values):
-            raise ValueError(
-                f"an array of pixels has whole numbers from 0 to 65535; got {values.dtype} from {values.min()} to "
-                f"{values.max()}. Bring them into [0, 1] first"
-            )
         values = eight_bits(values, bits)
     elif values.dtype != np.uint8:
-        raise ValueError(f"an array of pixels is uint8, uint16 or floating point in [0, 1]; got {values.dtype}")
+        raise ValueError(
+            f"an array of pixels is uint8, uint16 or floating point in [0, 1]; got {values.dtype}. Other whole numbers "
+            "have no fixed range: .astype(numpy.uint16) if they are those of 16-bit images"
+        )
     return Image.fromarray(np.ascontiguousarray(values))

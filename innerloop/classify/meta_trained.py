@@ -374,7 +374,7 @@ class Adaptation:
                 "images": sum(shots),
                 "shots": list(shots),
                 "steps": self.steps,
-                "weighing": self.weighing,
+                **({} if min(shots) == max(shots) else {"weighing": self.weighing}),
             },
             provenance={
                 "run": trained.path.resolve().name,
