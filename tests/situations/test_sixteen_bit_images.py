@@ -46,6 +46,8 @@ def classes(root: Path, mixed: bool = False, kind: str = "png", count: int = 5, 
         for i in range(shots):
             values = picture(10 * c + i)
             image = Image.fromarray(in_eight_bits(values) if mixed and i % 2 else values)
+            if kind == "pgm" and image.mode == "I;16":
+                image = image.convert("I")  # which Pillow 10 writes as PGM too
             image.save(root / f"class {c}" / f"{i}.{kind}")
     return root
 
