@@ -621,9 +621,9 @@ class MetaLearner:
         layers = norm_layers.by_batch_alone(self.model) if normalisation != "batch" else []
         if layers:
             raise ValueError(
-                f"normalisation={normalisation!r}: the model came of adapt(..., normalisation='batch'), and {layers[0]} "
-                "uses its batch's statistics whatever it is told. Load its state dict into a fresh model, or adapt it "
-                "with normalisation='support'"
+                f"normalisation={normalisation!r}: the model came of adapt(..., normalisation='batch'), and "
+                f"{layers[0]} uses its batch's statistics whatever it is told. Load its state dict into a fresh model, "
+                "or adapt it with normalisation='support'"
             )
 
     def _check_copy(

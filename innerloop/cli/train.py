@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from difflib import get_close_matches
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -120,7 +121,7 @@ def _new_or_unfinished(out: Path | None, preset: str, method: str, config: Confi
     if out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         raise ConfigError("with --max-restarts the run needs a folder to be found again in: --out DIR")
     time = ranks.shared(lambda: datetime.now().strftime("%Y%m%d-%H%M%S"))
-    folder = RunFolder(out or Path("runs") / f"{preset}-{method}-{time}")
+    folder = RunFolder(out or ranks.shared(lambda: _unused(Path("runs") / f"{preset}-{method}-{time}")))
 
     def check() -> None:
         if ranks.group is None or not folder.created or (folder.summary.exists() and not restarted()):
@@ -133,6 +134,12 @@ def _new_or_unfinished(out: Path | None, preset: str, method: str, config: Confi
 
     ranks.shared(check)
     return folder
+
+
+def _unused(path: Path) -> Path:
+    """The path, or with a number behind it: two runs may begin within a second."""
+    names = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in count(1))
+    return next(name for name in names if not name.exists())
 
 
 def _train(plan: _Plan, ranks: Ranks) -> FinishedRun:

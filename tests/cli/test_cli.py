@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import datetime, tzinfo
 from pathlib import Path
 
 import numpy as np
@@ -314,3 +315,16 @@ def test_maml_plus_plus_trains_on_the_real_omniglot(omniglot_root: Path, capsys:
     test = json.loads(capsys.readouterr().out)["test"]
     assert test["best"]["batch"]["accuracy"] > 0.1  # chance is 0.05
     assert test["best"]["batch"]["tasks"] == 40
+
+
+def test_two_runs_that_begin_in_one_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Stopped:
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr("innerloop.cli.train.datetime", Stopped)
+    for _ in range(2):
+        assert main(["train", "sinusoid", *TINY, "--quiet"]) == 0
+    names = sorted(path.name for path in Path("runs").iterdir())
+    assert names == ["sinusoid-maml-20260102-030405", "sinusoid-maml-20260102-030405-2"]
