@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from innerloop.learner import MetaBatch, MetaBatchResult, MetaLearner, Plan
+from innerloop.engines import Plan
+from innerloop.learner import MetaBatch, MetaBatchResult, MetaLearner
 from innerloop.meta_gradients import TaskGradient
 from innerloop.tasks import Task, as_meta_batch
 

@@ -529,7 +529,7 @@ def _observe_gradients(
     learner: MetaLearner, batch: Task, epoch: float | None, found: Observations, tick: Callable[[], None]
 ) -> None:
     """Meta-gradients of the last step's loss, exact and first-order."""
-    from innerloop.learner import Plan
+    from innerloop.engines import Plan
 
     learned = dict(learner.named_parameters())
     found.parameter_norm = float(torch.cat([t.detach().abs().flatten().double() for t in learned.values()]).norm())

@@ -5,24 +5,24 @@ from __future__ import annotations
 import math
 import numbers
 import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import reduce
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from innerloop import learning_rates, norm_layers, per_step
-from innerloop.engines.compiled import Compiled
+from innerloop.adapted import Asked, TaskOutputs, answers, keep_statistics, kept_buffers, tensors_at
+from innerloop.engines import Auto, Compiled, Engine, Estimate, Loop, Plan, Subject, Vmapped
+from innerloop.engines.compiled import TIMEOUT
 from innerloop.explanations import UnsuitableModelError, check_loss, check_model, explained
 from innerloop.inner_loop import InnerLoop, MetaParameters
-from innerloop.meta_gradients import META_GRADIENTS, GradientMode, LossWeights, TaskGradient
+from innerloop.meta_gradients import META_GRADIENTS, GradientMode, TaskGradient
 from innerloop.methods import Method, maml, whole_number
 from innerloop.model_state import copied, functions_kept, locked
 from innerloop.network import Loss, Network
@@ -37,9 +37,7 @@ from innerloop.tasks import (
     as_support,
     as_tensors,
     concatenated,
-    meta_batch_size,
     select_task,
-    stacked,
 )
 from innerloop.update_rules import UPDATE_RULES, Tensors
 
@@ -48,7 +46,7 @@ if TYPE_CHECKING:
 
 MetaBatch = tuple[tuple[Any, Any], tuple[Any, Any]]
 Parallel = Literal["auto", "loop", "vmap"]
-Compile = Literal["on", "off"]
+Compile = Literal["auto", "on", "off"]
 
 _GRAPH_IS_GONE = ("does not require grad", "backward through the graph a second time")
 
@@ -100,18 +98,6 @@ class FastWeights(dict[str, Tensor]):
         self.buffers, self.support_loss = buffers, support_loss
 
 
-class Plan(NamedTuple):
-    """What a meta-gradient is to be, at one time in training.
-
-    Attributes:
-        mode: how it is computed.
-        weights: w_1 .. w_K of the query losses.
-    """
-
-    mode: GradientMode
-    weights: LossWeights
-
-
 class MetaLearner:
     """Meta-learns the initialisation of ``model`` (and rates and norm stacks, as the method says).
 
@@ -143,8 +129,10 @@ class MetaLearner:
             overhead is what costs, and loop for others and for models that cannot be vmapped (``nn.LSTM``).
         compile: ``"on"`` compiles the functions that an inner step repeats, with all derivatives in them, by PyTorch's
             Inductor: a minute or less at the first step, then many times as fast for small models whose operations
-            cost more to start than to do, and of no use for convolutions. What cannot be compiled (dropout, control
-            flow by values, no C++ compiler) is computed as ever, with one warning. Exact modes are then the same walk.
+            cost more to start than to do, and on a CPU of no use for convolutions. What cannot be compiled (dropout,
+            control flow by values, no C++ compiler) is computed as ever, with one warning. Exact modes are then the
+            same walk. ``"auto"`` does it once it pays: see ``expect``, for loops whose end is known.
+        compile_timeout: seconds that one of these functions may take to compile.
 
     Raises:
         ValueError: no trainable parameter matches the method's patterns, the mode is unknown, or the model's parameters
@@ -162,6 +150,7 @@ class MetaLearner:
         stored_steps: int = 5,
         precision: Precision = "float32",
         compile: Compile = "off",
+        compile_timeout: float = TIMEOUT,
     ) -> None:
         if compile not in get_args(Compile):
             raise ValueError(f"compile must be one of {', '.join(get_args(Compile))}; got {compile!r}")
@@ -201,8 +190,11 @@ class MetaLearner:
         on_cpu = all(p.device.type == "cpu" for p in self.meta.adapted.values())
         convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
         small = sum(p.numel() for p in model.parameters()) < _SMALL_MODEL and not convolutional
-        self._vmap = parallel == "vmap" or (parallel == "auto" and (small or not on_cpu))
-        self._compiled = Compiled(self.loop, self._vmap) if compile == "on" else None
+        vmap = parallel == "vmap" or (parallel == "auto" and (small or not on_cpu))
+        plain = Vmapped(insists=parallel == "vmap") if vmap else Loop()
+        compiled = Compiled(plain, model, vmap, compile_timeout)
+        self._engines: dict[Compile, Engine] = {"off": plain, "on": compiled, "auto": Auto(plain, compiled)}
+        self.engine = self._engines[compile]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse what would be read in part: a learner is made of its arguments once."""
@@ -355,35 +347,75 @@ class MetaLearner:
     def _chosen_mode(self) -> GradientMode:
         """Reverse where mixed mode would store every graph too: the same memory, and less to do one by one."""
         many = self.method.inner_steps > self.loop.stored_steps
-        return "mixed" if self._vmap or many or self.loop.network.recomputes else "reverse"
+        return "mixed" if self._vmaps or many or self.loop.network.recomputes else "reverse"
 
     def planned_gradients(self, tasks: Task, plan: Plan) -> TaskGradient:
         """``task_gradients`` as a plan has it."""
         with self._in_use():
             self.loop.network.modes.seen(training=True)
-            size = meta_batch_size(tasks)
             second_order = plan.mode != "first-order"
             what = "second-order" if second_order else "first-order"
             if what not in self._rehearsed:
                 self._rehearse(what, select_task(tasks, 0).support, second_order)
-            if self._compiled is not None:
-                return self._compiled.gradients(
-                    self.meta,
-                    self.statistics,
-                    tasks,
-                    plan.weights,
-                    second_order,
-                    lambda: self._plain(tasks, size, plan),
-                )
-            return self._plain(tasks, size, plan)
+            return self.engine.gradients(self._subject, tasks, plan)
 
-    def _plain(self, tasks: Task, size: int, plan: Plan) -> TaskGradient:
-        return self._vmapped(tasks, size, plan) or self._looped(tasks, size, plan)
+    def compile(self, choice: Compile) -> None:
+        """Go on as if the learner had been made with ``compile=choice``."""
+        self.engine = self._engines[choice]
+
+    def expect(self, updates: int, tasks: Task | MetaBatch, epoch: float | None = None) -> Estimate | None:
+        """Let ``compile="auto"`` decide now, for so many updates with meta-batches like this; otherwise do nothing.
+
+        Returns:
+            What it decided by.
+        """
+        if not isinstance(self.engine, Auto):
+            return None
+        tasks, plan = as_meta_batch(tasks, self._like), self.plan(epoch)
+        with self._in_use():
+            return self.engine.expect(self._subject, tasks, plan, updates)
+
+    def task_outputs(
+        self,
+        tasks: Task | MetaBatch,
+        steps: int | None = None,
+        normalisations: Sequence[Normalisation] = ("batch",),
+    ) -> TaskOutputs:
+        """Adapt to the support sets of a meta-batch and answer the query sets: ``trajectory`` and ``predict`` of each.
+
+        Args:
+            tasks: a meta-batch, as ``backward`` takes it.
+            steps: inner steps, by default those of training.
+            normalisations: of the answers after the last step; see ``predict``.
+
+        Returns:
+            Outputs after every inner step, tensors ``[T, K + 1, n, ...]``, and those after the last in the other
+            normalisations, ``[T, n, ...]``.
+
+        Raises:
+            ValueError: ``tasks`` is not a meta-batch, a normalisation is unknown, or the number of steps negative.
+        """
+        asked = Asked(self._steps(steps), tuple(normalisations))
+        for normalisation in asked.normalisations:
+            self._check_normalisation(normalisation)
+        tasks = as_meta_batch(tasks, self._like)
+        with self._in_use():
+            self._ready_to_adapt(select_task(tasks, 0).support)
+            return self.engine.outputs(self._subject, tasks, asked)
+
+    @property
+    def _subject(self) -> Subject:
+        return Subject(self.loop, self.meta, self.statistics)
 
     @property
     def vmapped(self) -> bool:
         """Whether tasks are worked through all at once."""
-        return self._vmap and self.mode != "reverse"
+        return self._vmaps and self.mode != "reverse"
+
+    @property
+    def _vmaps(self) -> bool:
+        engine = self.engine.plain if isinstance(self.engine, Compiled | Auto) else self.engine
+        return isinstance(engine, Vmapped) and engine.works
 
     def accumulate(self, parts: Sequence[TaskGradient], epoch: float | None = None) -> MetaBatchResult:
         """Add what ``task_gradients`` gave for the parts of one meta-batch to ``.grad``, and merge the statistics.
@@ -411,44 +443,6 @@ class MetaLearner:
             self.statistics.assign_mean(result.statistics)
         return outcome
 
-    def _looped(self, tasks: Task, size: int, plan: Plan) -> TaskGradient:
-        """One task after the other."""
-        total: MetaParameters | None = None
-        rest: list[TaskGradient] = []
-        for i in range(size):
-            meta_gradient = META_GRADIENTS[plan.mode]
-            result = meta_gradient(self.loop, self.meta, self.statistics, select_task(tasks, i), plan.weights)
-            total = result.gradient if total is None else pytree.tree_map(torch.add, total, result.gradient)
-            rest.append(_without_gradient(result))
-        assert total is not None
-        return stacked(rest)._replace(gradient=total)
-
-    def _vmapped(self, tasks: Task, size: int, plan: Plan) -> TaskGradient | None:
-        """All tasks at once; None where tasks are to be looped over."""
-        if not self._vmap or plan.mode == "reverse" or self.loop.network.recomputes:
-            return None
-        loop = replace(self.loop, functional=True)
-        leaves, structure = pytree.tree_flatten(tasks)
-        varying = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-
-        def task_gradient(statistics: Statistics, own: Tensors) -> TaskGradient:
-            task = pytree.tree_unflatten([own.get(str(i), leaf) for i, leaf in enumerate(leaves)], structure)
-            return META_GRADIENTS[plan.mode](loop, self.meta, statistics, task, plan.weights)
-
-        try:
-            result = vmap(task_gradient, randomness="different")(self.statistics.expanded(size), varying)
-        except Exception as error:
-            if self.parallel == "vmap" or isinstance(error, torch.OutOfMemoryError):
-                raise
-            looped = self._looped(tasks, size, plan)  # which raises what has nothing to do with vmap
-            warnings.warn(
-                f"{type(self.model).__name__} cannot be vmapped, so tasks are worked through one by one. ({error})",
-                stacklevel=5,
-            )
-            self._vmap = False
-            return looped
-        return result._replace(gradient=pytree.tree_map(lambda t: t.sum(0), result.gradient))
-
     def trajectory(self, support: Examples | tuple[Any, Any], steps: int | None = None) -> Iterator[FastWeights]:
         """theta^0 .. theta^steps on a support set, in evaluation mode; ``predict`` calls the model with one of them.
 
@@ -459,29 +453,34 @@ class MetaLearner:
         return self._trajectory(as_support(support, self._like), self._steps(steps))
 
     def _trajectory(self, support: Examples, steps: int) -> Iterator[FastWeights]:
-        modes, of_norm = self.loop.network.modes, norm_layers.norm_buffer_names(self.model)
+        network = self.loop.network
         walk = self.loop.trajectory(self.meta, self.statistics, support, steps)
         while True:
             # The model is taken for one step at a time: the caller may use it in between.
             with self._in_use():
-                if "adapting" not in self._rehearsed:
-                    try:
-                        with modes.adapting():
-                            self._rehearse("adapting", support)
-                    except RuntimeError as error:
-                        if not any(sign in str(error) for sign in _GRAPH_IS_GONE):
-                            raise
-                        modes.inner_loop_trains = True
-                    if not is_trusted(self.loop.network):
-                        parameters = {**self.meta.adapted, **self.meta.fixed_at_step(0)}
-                        check_modes(self.loop.network, parameters, self.statistics.at_step(0), support)
-                with modes.adapting():
+                self._ready_to_adapt(support)
+                with network.modes.adapting():
                     here = next(walk, None)
             if here is None:
                 return
             theta, statistics, loss = here
-            kept = {n: b for n, b in statistics.shared.items() if n not in of_norm}
-            yield FastWeights(theta, kept, loss)
+            yield FastWeights(theta, kept_buffers(network, statistics), loss)
+
+    def _ready_to_adapt(self, support: Examples) -> None:
+        """See once that the model does in evaluation mode what an inner loop takes it to do."""
+        if "adapting" in self._rehearsed:
+            return
+        network = self.loop.network
+        try:
+            with network.modes.adapting():
+                self._rehearse("adapting", support)
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in _GRAPH_IS_GONE):
+                raise
+            network.modes.inner_loop_trains = True
+        if not is_trusted(network):
+            parameters = {**self.meta.adapted, **self.meta.fixed_at_step(0)}
+            check_modes(network, parameters, self.statistics.at_step(0), support)
 
     def _rehearse(self, what: str, examples: Examples, second_order: bool = False) -> None:
         """See once that the model and the loss are what an inner loop takes them for."""
@@ -526,27 +525,14 @@ class MetaLearner:
         support = support.inputs if isinstance(support, Examples) else support
         with self._in_use():
             _check_fast_weights(fast_weights, self.meta.adapted)
-            tensors, buffers = self._tensors_at(fast_weights, inner_step)
-            if normalisation == "support":
-                self._keep_statistics(tensors, buffers, as_tensors(support, self._like))
-            with self.loop.network.modes.evaluating(normalisation):
-                return self.loop.network.answers(tensors, buffers, as_tensors(inputs, self._like))
+            tensors = self._tensors_at(fast_weights, inner_step)
+            support = as_tensors(support, self._like) if normalisation == "support" else None
+            inputs = as_tensors(inputs, self._like)
+            return answers(self.loop.network, *tensors, inputs, normalisation, support)
 
     def _tensors_at(self, fast_weights: Tensors, inner_step: int) -> tuple[Tensors, Tensors]:
-        """Parameters and buffers (copies) to call the model with at theta^k; norm layers have those of step k - 1.
-
-        Other buffers are as the inner loop left them.
-        """
-        last = max(inner_step - 1, 0)
         kept = fast_weights.buffers if isinstance(fast_weights, FastWeights) else {}
-        buffers = {n: b.clone() for n, b in {**self.statistics.at_step(last), **kept}.items()}
-        return {**fast_weights, **self.meta.fixed_at_step(last)}, buffers
-
-    def _keep_statistics(self, parameters: Tensors, buffers: Tensors, support: Any) -> None:
-        """Leave in ``buffers`` what a pass over the support set makes of them: in norm layers, its statistics."""
-        network = self.loop.network
-        with network.modes.evaluating("batch"), norm_layers.whole_batch_statistics(self.model):
-            network.answers(parameters, buffers, support)
+        return tensors_at(self.meta, self.statistics, fast_weights, kept, inner_step)
 
     def adapt(
         self,
@@ -590,7 +576,7 @@ class MetaLearner:
                 normalisation == "batch" and norm_layers.can_keep_a_batch(self.model, frozen)
             )
             if by_support:
-                self._keep_statistics(tensors, buffers, support.inputs)
+                keep_statistics(self.loop.network, tensors, buffers, support.inputs)
             own = {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}
             with torch.no_grad():
                 for name, value in {**tensors, **buffers}.items():

@@ -13,6 +13,7 @@ import tyro
 from innerloop.cli.arguments import parsed
 from innerloop.cli.ranks import peeked_timeout, to_be_launched
 from innerloop.cli.tables import print_test
+from innerloop.learner import Compile
 from innerloop.training.building import build_device, build_learner, build_tasks, build_workers
 from innerloop.training.checkpoints import write_json
 from innerloop.training.config import ComputeConfig, ConfigError, Positive, Precision, Steps, Threads
@@ -46,6 +47,10 @@ class EvaluateArguments:
     """Processes that tasks are shared out to, on a CPU (0: one for each core that helps)."""
     precision: Precision = "float32"
     """Of convolutions, whatever the run was trained in; tf32 (a GPU's) and bf16 are faster and round more."""
+    compile: Compile = "off"
+    """Compile an inner step, by PyTorch's Inductor: for many tasks on a small network."""
+    compile_timeout: Positive = 300
+    """Seconds that a function of it may take to compile; it goes on without after that."""
     devices: int = 0
     """Ranks on this machine: GPUs where there are any, else CPU processes (0: one, or what torchrun starts)."""
     timeout: float = TIMEOUT_SECONDS
@@ -79,6 +84,8 @@ def _run(arguments: Sequence[str], ranks: Ranks) -> int:
             threads=chosen.threads,
             processes=chosen.processes,
             precision=chosen.precision,
+            compile=chosen.compile,
+            compile_timeout=chosen.compile_timeout,
         ),
     )
     progress = Progress(shown=ranks.main and not chosen.json)

@@ -43,7 +43,7 @@ def usable(*tensors: Tensor | None, of_rows: bool = True) -> bool:
         x.device.type == "cpu"
         and x.dtype in _TYPES
         and all(t.dtype == x.dtype and not _batched(t) for t in given)
-        and not _OFF.get()
+        and not are_switched_off()
         and (not of_rows or (x.ndim in _LAYOUTS and x.is_contiguous(memory_format=_LAYOUTS[x.ndim])))
         and library() is not None
     )
@@ -60,6 +60,11 @@ def switched_off() -> Iterator[None]:
         yield
     finally:
         _OFF.reset(token)
+
+
+def are_switched_off() -> bool:
+    """Whether this is such a block."""
+    return _OFF.get()
 
 
 _LAYOUTS = {2: torch.contiguous_format, 4: torch.channels_last}

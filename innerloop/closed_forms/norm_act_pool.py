@@ -276,7 +276,7 @@ def pooled_map(shape: Sequence[int], window: int, dtype: torch.dtype) -> Tensor:
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel."""
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and not kernels.are_switched_off():  # Inductor does not know it
         mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
         return mean, variance
     variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)

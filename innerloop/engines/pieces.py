@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
+from innerloop.adapted import answers
 from innerloop.inner_loop import InnerLoop, State
 from innerloop.meta_gradients import ahead, back
 from innerloop.network import Network
+from innerloop.norm_layers import Normalisation
 from innerloop.per_step import Statistics
 from innerloop.tasks import Examples, Task
 from innerloop.update_rules import Tensors
@@ -97,6 +99,12 @@ class Turn(NamedTuple):
     rates: Group
 
 
+class Answer(NamedTuple):
+    """What ``Pieces.answer`` gives."""
+
+    outputs: Group
+
+
 SHARED = {"psi", "rates", "query_psi"}
 """Gradients by what all tasks share."""
 
@@ -173,6 +181,10 @@ class _WithFrozen(Network):
         """``Network.loss``."""
         return super().loss({**self.frozen, **parameters}, buffers, examples)
 
+    def outputs(self, parameters: Any, buffers: Any, inputs: Any) -> Any:
+        """``Network.outputs``."""
+        return super().outputs({**self.frozen, **parameters}, buffers, inputs)
+
 
 @dataclass
 class Pieces:
@@ -218,11 +230,27 @@ class Pieces:
         again = loop.gradient(theta, psi, statistics, k, support, keep_graph=True)
         return self._back(given._replace(g=list(again.theta.values())), again.second_order)
 
+    def adapt(self, given: Given) -> Forward:
+        """Inner step k in use, not in training."""
+        with self.loop.network.modes.adapting():
+            return self._ahead(given, keep_graph=False)[0]._replace(g=[])
+
+    def answer(self, normalisation: Normalisation, given: Given) -> Answer:
+        """The model's outputs on the query set with these fast weights."""
+        layout = self.layout
+        loop, theta, psi = self._called(given)
+        buffers = {n: b.clone() for n, b in zip(layout.buffers, given.buffers, strict=True)}
+        support = layout.support.filled(given.support).inputs if given.support else None
+        query = layout.query.filled(given.query).inputs
+        found = answers(loop.network, {**theta, **psi}, buffers, query, normalisation, support)
+        layout.outputs, outputs = Nest.of(found)
+        return Answer(outputs)
+
     def _called(self, given: Given) -> tuple[InnerLoop, Tensors, Tensors]:
         own = self.loop.network
         frozen = dict(zip(self.layout.frozen, given.frozen, strict=True))
         network = _WithFrozen(own.model, own.loss_function, own.precision, frozen=frozen)
-        network.__dict__["state"] = own.state
+        network.__dict__.update(state=own.state, modes=own.modes)
         loop = InnerLoop(network, self.loop.rule, lslr=False, functional=True)
         theta = dict(zip(self.layout.theta, given.theta, strict=True))
         return loop, theta, dict(zip(self.layout.psi, given.psi, strict=True))

@@ -6,12 +6,14 @@ them, and what is left to compile has none.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch._decomp import get_decompositions
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -68,7 +70,7 @@ def traced(function: Flat, arguments: Sequence[Tensor]) -> GraphModule:
     try:
         # Of tensors without values, so that nothing can be read from them unnoticed.
         with switched_off():
-            graph: GraphModule = make_fx(function, tracing_mode="fake")(*arguments)
+            graph: GraphModule = make_fx(function, _changing_statistics(), tracing_mode="fake")(*arguments)
     except Exception as error:
         raise NotCompiledError(_reason(error)) from error
     for node in graph.graph.nodes:
@@ -77,6 +79,16 @@ def traced(function: Flat, arguments: Sequence[Tensor]) -> GraphModule:
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+@functools.cache
+def _changing_statistics() -> dict[Any, Callable[..., Any]]:
+    """Batch norms as arithmetic: their schemas do not tell that they change running statistics.
+
+    A compiler takes one whose output nobody needs for dead, and may move the others past those who read what they left.
+    """
+    aten = torch.ops.aten
+    return get_decompositions([aten.native_batch_norm, aten.cudnn_batch_norm])
 
 
 def _by_inductor(graph: GraphModule, arguments: Sequence[Tensor], threads: int) -> Callable[..., Sequence[Tensor]]:

@@ -200,6 +200,8 @@ def build_learner(config: Config, device: torch.device, loss: Loss | None = None
         compute.mode,
         stored_steps=compute.stored_steps,
         precision="bf16" if compute.precision == "bf16" else "float32",
+        compile=compute.compile,
+        compile_timeout=compute.compile_timeout,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from innerloop.data.images import MAX_SIZE
+from innerloop.learner import Compile
 from innerloop.methods import MAX_RATE, METHODS, Method
 
 # More than anybody needs of anything; a config from a stranger could ask for more than there is of memory and time.
@@ -153,6 +154,10 @@ class ComputeConfig:
     """Of convolutions; tf32 (a GPU's, and of matrix products too) and bf16 are faster and round more."""
     cuda_graph: bool = True
     """On a GPU, record the meta-gradient as a CUDA graph (not for networks with dropout)."""
+    compile: Compile = "auto"
+    """Compile the functions that an inner step repeats, by PyTorch's Inductor; auto: where that saves time."""
+    compile_timeout: Positive = 300
+    """Seconds that one of them may take to compile; they go on without after that."""
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from innerloop.adapted import TaskOutputs
 from innerloop.data import Split
 from innerloop.norm_layers import Normalisation
-from innerloop.tasks import stacked
-from innerloop.training.workers import TaskOutputs, Workers
+from innerloop.tasks import concatenated
+from innerloop.training.workers import Workers
 from innerloop.update_rules import Tensors
 
 NORMALISATIONS: tuple[Normalisation, ...] = ("batch", "running", "support")
@@ -82,9 +83,9 @@ def evaluate(
     """
     done: list[TaskOutputs] = []
     for part in workers.outputs(split, tasks, steps, normalisations):
-        done += part
-        tick(len(part))
-    everything = stacked(done)
+        done.append(part)
+        tick(len(part.targets))
+    everything = concatenated(done)
     targets = everything.targets
     per_step = [score(everything.per_step[:, k], targets, regression) for k in range(steps + 1)]
     outputs = {n: everything.inductive.get(n, everything.per_step[:, -1]) for n in normalisations}

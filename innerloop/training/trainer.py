@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from innerloop import schedules
 from innerloop.data import TaskSource
-from innerloop.learner import MetaLearner, NonFiniteLossError
+from innerloop.learner import Compile, MetaLearner, NonFiniteLossError
 from innerloop.model_state import random_state, set_random_state
 from innerloop.reports.formats import METRICS_VERSION, SUMMARY_VERSION
 from innerloop.training.building import build_device, build_learner, build_tasks, build_workers
@@ -29,7 +29,7 @@ from innerloop.training.environment import environment
 from innerloop.training.evaluation import Evaluation, TestResult, evaluate, evaluate_checkpoints, score
 from innerloop.training.progress import Progress
 from innerloop.training.run_folder import RunFolder
-from innerloop.training.time_left import RunTimeLeft
+from innerloop.training.time_left import RunTimeLeft, duration
 from innerloop.training.workers import Workers
 from innerloop.update_rules import Tensors
 
@@ -128,7 +128,7 @@ def train(
     bits = getattr(source, "bits", None)
     if bits and not config.data.bits:  # what was found is recorded, for images that come later
         config = replace(config, data=replace(config.data, bits=bits))
-    learner = build_learner(config, device)
+    config, learner = _compiled_or_not(config, build_learner(config, device), source, folder, progress, ranks)
     optimizer = torch.optim.Adam(learner.parameters(), lr=config.outer.outer_lr)
     ranks.shared(lambda: None if folder.created else folder.create(preset, config))
     progress.console.print(f"run folder: {folder.path}", highlight=False, soft_wrap=True)
@@ -168,6 +168,38 @@ def train(
         write_json(folder.summary, summary)
     learner.load_state_dict(next(best_checkpoints(folder, best, ranks)))
     return FinishedRun(summary, source, learner)
+
+
+def _compiled_or_not(
+    config: Config, learner: MetaLearner, source: TaskSource, folder: RunFolder, progress: Progress, ranks: Ranks
+) -> tuple[Config, MetaLearner]:
+    """Decide what ``--compile auto`` leaves open, once: a run that goes on must round as it did before."""
+
+    def chosen() -> Compile:
+        if folder.created:  # by a version that did not compile
+            return "off"
+        outer = config.outer
+        updates = outer.epochs * outer.iterations
+        if updates < LEAST_UPDATES:
+            return "off"
+        share = -(-outer.meta_batch // max(ranks.size, 1))
+        estimate = learner.expect(updates, source.meta_batch("train", 0, share), config.outer.epochs - 1)
+        assert estimate is not None
+        if pays := estimate.pays(updates):
+            cost, saved = duration(estimate.seconds), duration(updates * estimate.saved)
+            words = f"compiling the inner step takes about {cost} and saves about {saved} (--compile off: without)"
+            progress.console.print(words, highlight=False, soft_wrap=True)
+        return "on" if pays else "off"
+
+    if config.compute.compile != "auto":
+        return config, learner
+    choice = ranks.shared(chosen)
+    learner.compile(choice)
+    return replace(config, compute=replace(config.compute, compile=choice)), learner
+
+
+LEAST_UPDATES = 500
+"""Of a run for which it is worth finding out whether compiling pays."""
 
 
 @dataclass

@@ -22,31 +22,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from innerloop.adapted import TaskOutputs
 from innerloop.captured import CapturedGradients
 from innerloop.data import Split, TaskSource
 from innerloop.learner import MetaBatchResult, MetaLearner
 from innerloop.meta_gradients import TaskGradient
 from innerloop.norm_layers import Normalisation
-from innerloop.tasks import Task
 from innerloop.training.memory import keep_freed_memory
 
 
 class WorkerError(RuntimeError):
     """A worker process failed or died."""
-
-
-class TaskOutputs(NamedTuple):
-    """The model's outputs on a task's query set.
-
-    Attributes:
-        per_step: after inner step 0..K, in batch normalisation, ``[K + 1, n, ...]``.
-        inductive: after the last step, in the other normalisations that were asked for.
-        targets: ``[n, ...]``.
-    """
-
-    per_step: Tensor
-    inductive: dict[Normalisation, Tensor]
-    targets: Tensor
 
 
 class TrainingPart(NamedTuple):
@@ -79,27 +65,15 @@ class OutputsRequest:
     steps: int
     normalisations: tuple[Normalisation, ...]
 
-    def answer(self, learner: MetaLearner, source: TaskSource) -> list[TaskOutputs]:
-        """Compute them."""
-        return [self._task(learner, source.task(self.split, i)) for i in self.indices]
-
-    def _task(self, learner: MetaLearner, task: Task) -> TaskOutputs:
-        per_step = []
-        for k, theta in enumerate(learner.trajectory(task.support, self.steps)):
-            per_step.append(learner.predict(theta, k, task.query.inputs, "batch"))
-        inductive: dict[Normalisation, Tensor] = {
-            normalisation: learner.predict(
-                theta, self.steps, task.query.inputs, normalisation, support=task.support.inputs
-            )
-            for normalisation in self.normalisations
-            if normalisation != "batch"
-        }
-        return TaskOutputs(torch.stack(per_step), inductive, task.query.targets)
+    def answer(self, learner: MetaLearner, source: TaskSource) -> TaskOutputs:
+        """Compute them: tensors ``[T, ...]``."""
+        tasks = source.meta_batch(self.split, self.indices.start, len(self.indices))
+        return learner.task_outputs(tasks, self.steps, self.normalisations)
 
 
 Request = GradientRequest | OutputsRequest
 
-TASKS_AT_ONCE = 5
+TASKS_AT_ONCE, VMAPPED_AT_ONCE = 5, 50
 """Evaluation tasks handed to each process at a time: progress shows after each such round."""
 
 
@@ -177,15 +151,17 @@ class Workers:
 
     def outputs(
         self, split: Split, tasks: int, steps: int, normalisations: tuple[Normalisation, ...]
-    ) -> Iterator[list[TaskOutputs]]:
+    ) -> Iterator[TaskOutputs]:
         """Outputs on tasks ``0 .. tasks - 1`` of a split, in order, a round of a few tasks at a time."""
-        for first in range(0, tasks, TASKS_AT_ONCE * self.count):
-            last = min(first + TASKS_AT_ONCE * self.count, tasks)
-            starts = range(first, last, TASKS_AT_ONCE)
-            requests = [
-                OutputsRequest(split, range(s, min(s + TASKS_AT_ONCE, last)), steps, normalisations) for s in starts
-            ]
-            yield [outputs for part in self._ask(requests) for outputs in part]
+        size = VMAPPED_AT_ONCE if self.learner.vmapped else TASKS_AT_ONCE
+        for first in range(0, tasks, size * self.count):
+            last = min(first + size * self.count, tasks)
+            yield from self._ask(
+                [
+                    OutputsRequest(split, range(start, min(start + size, last)), steps, normalisations)
+                    for start in range(first, last, size)
+                ]
+            )
 
     def _ask(self, requests: Sequence[Request]) -> list[Any]:
         """Answers to the requests: the last is worked out here, the others by a worker each."""

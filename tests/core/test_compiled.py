@@ -29,7 +29,7 @@ def pair(case: Case, method: Method, vmapped: bool, backend: str = "eager") -> t
     mode = "mixed" if method.second_order else "auto"
     plain = scramble(MetaLearner(case.model(), case.loss, method, mode, parallel="loop"))
     traced = scramble(MetaLearner(case.model(), case.loss, method, mode, parallel="loop", compile="on"))
-    traced._compiled = Compiled(traced.loop, vmapped, backend=backend)
+    traced.engine = Compiled(traced.engine.plain, traced.model, vmapped, backend=backend)
     return plain, traced
 
 
@@ -63,8 +63,8 @@ def test_compiled_by_inductor(method: Method) -> None:
     case = CASES["mlp_regressor"]
     plain, traced = pair(case, method, vmapped=True, backend="inductor")
     same(plain, traced, case)
-    assert traced._compiled is not None
-    assert traced._compiled.refused is None
+    assert isinstance(traced.engine, Compiled)
+    assert traced.engine.refused is None
 
 
 def test_what_cannot_be_traced_is_computed_as_ever_with_one_warning() -> None:
@@ -92,8 +92,8 @@ def test_what_cannot_be_traced_is_computed_as_ever_with_one_warning() -> None:
 
 
 def test_a_choice_that_there_is_not() -> None:
-    with pytest.raises(ValueError, match="compile must be one of on, off; got 'auto'"):
-        MetaLearner(nn.Linear(3, 2), F.mse_loss, compile="auto")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="compile must be one of auto, on, off; got 'yes'"):
+        MetaLearner(nn.Linear(3, 2), F.mse_loss, compile="yes")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])

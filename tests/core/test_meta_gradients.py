@@ -9,6 +9,7 @@ from oracle import EXACT, FIRST_ORDER, WAYS, gradients, make, naive, relative_di
 from zoo import CASES, NOT_VMAPPED, Case
 
 from innerloop import METHODS, MetaLearner, Method
+from innerloop.engines import Vmapped
 
 STEPS = 3
 MSL_AT_EPOCH_4_OF_10 = [0.2, 0.2, 0.6]
@@ -160,7 +161,7 @@ def test_what_cannot_be_vmapped_is_looped_over_by_itself(network: str) -> None:
     case = CASES[network]
     method = method_for("maml", case)
     learner = MetaLearner(case.model(), case.loss, method)
-    learner._vmap = True  # as on a GPU; on a CPU convolutions are not tried
+    learner.engine = Vmapped()  # as on a GPU; on a CPU convolutions are not tried
     _, expected, left = naive(learner, case.tasks(), [0.0, 0.0, 1.0])
     with pytest.warns(UserWarning, match="cannot be vmapped"):
         learner.backward(case.tasks())
