@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,13 @@ TITLES = {
     "resnet12-small-images-maml": "MAML step: ResNet-12, 5-way 1-shot, 5 queries, 32x32x3, 2 tasks",
     "transformer-maml": "MAML step: a two-layer transformer of width 64, sequences of 32, 5-way 1-shot, 8 tasks",
     "transformer-wide-maml": "MAML step: the same of width 128, sequences of 64, 5-way 5-shot, 4 tasks",
+    "sinusoid-maml": "MAML step: sinusoids, the paper's network, 25 tasks, 10 and 10 points, 1 inner step",
+    "sinusoid-maml-5-steps": "MAML step: the same, 5 inner steps",
 }
+FILES = ("mamlpp.json", "maml.json", "sinusoid.json")
+"""Records of the steps on a CPU; those that are there are quoted."""
+GPU = "cuda.json"
+FLOORS = {"convolutions alone": "convolutions", "matrix products alone": "matrix products"}
 
 
 def quoted() -> str:
@@ -35,7 +42,7 @@ def quoted() -> str:
     sampling = json.loads((RESULTS / "sampling.json").read_text())
     parts = [
         "## Figures",
-        f"`{_command(steps)}`\n\n`{_command(others)}`",
+        "\n\n".join(f"`{_command(record)}`" for record in _records(FILES)),
         f"{_machine(steps)}. float32 unless it says otherwise. {steps['rounds']} rounds of the first case, "
         f"{others['rounds']} of the others, each "
         "contender in a process of its own, in turn; medians, with the least and the most. Ratios are taken round by "
@@ -52,32 +59,54 @@ def quoted() -> str:
         f"the real Omniglot in {1e3 * sampling['sampling']:.1f} ms, {100 * sampling['share']:.2f}% of the step's "
         f"{1e3 * sampling['step']:.0f} ms. In training each process draws its own.",
     ]
+    for gpu in _records((GPU,)):
+        parts += [
+            "### On a GPU",
+            f"{_machine(gpu)}; `{_command(gpu)}`. Times between CUDA events, {gpu['rounds']} rounds; peak memory of "
+            "the GPU's tensors, and kernels that it runs for a step.",
+            *(_case(name, record) for name, record in gpu["cases"].items()),
+        ]
     return "\n\n".join(parts)
 
 
 def _case(name: str, record: dict[str, Any]) -> str:
     contenders = record["contenders"]
+    on_gpu = any(m.get("kernels") is not None for m in contenders.values())
+    columns = "peak memory of the GPU | kernels" if on_gpu else "peak memory | with libraries"
     lines = [
         f"### {TITLES[name]}",
         "",
-        "| | s/step | times innerloop's | peak memory | with libraries |",
+        f"| | s/step | times innerloop's | {columns} |",
         "|---|---|---|---|---|",
     ]
     for who, m in contenders.items():
         ratio = m["times_innerloop"]
         cells = [
             who,
-            _spread({"median": m["median"], "min": min(m["seconds"]), "max": max(m["seconds"])}, 3),
+            _spread({"median": m["median"], "min": min(m["seconds"]), "max": max(m["seconds"])}, _digits(m["median"])),
             "" if ratio is None else _spread(ratio, 2),
-            f"{m['memory'] / 1e6:.0f} MB",
-            f"{m['memory_total'] / 1e6:.0f} MB",
+            *((_megabytes(m["device_memory"]), str(m["kernels"])) if on_gpu else ()),
+            *(() if on_gpu else (_megabytes(m["memory"]), _megabytes(m["memory_total"]))),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    if "convolutions alone" in contenders:
-        floor, ours = contenders["convolutions alone"]["seconds"], contenders["innerloop"]["seconds"]
-        share = statistics.median(a / b for a, b in zip(floor, ours, strict=True))
-        lines += ["", f"The convolutions alone take {100 * share:.0f}% of innerloop's step."]
+    for who, m in contenders.items():
+        if m.get("compile_seconds") is not None:
+            lines += ["", f"{who}: {m['compile_seconds']:.0f} s of compiling before, once."]
+    for who, of in FLOORS.items():
+        if who in contenders and "innerloop" in contenders:
+            floor, ours = contenders[who]["seconds"], contenders["innerloop"]["seconds"]
+            share = statistics.median(a / b for a, b in zip(floor, ours, strict=True))
+            lines += ["", f"The {of} alone take {100 * share:.0f}% of innerloop's step."]
     return "\n".join(lines)
+
+
+def _digits(seconds: float) -> int:
+    """Decimals that show a time of this size."""
+    return 3 if seconds >= 0.05 else 5
+
+
+def _megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.0f} MB"
 
 
 def _inner_steps(scaling: dict[str, Any]) -> str:
@@ -107,30 +136,34 @@ def _machine(record: dict[str, Any]) -> str:
     return f"{where['device']}, {where['cores']} cores, torch {where['torch']}, commit {where['commit']}"
 
 
+def _records(files: Sequence[str]) -> list[dict[str, Any]]:
+    return [json.loads((RESULTS / file).read_text()) for file in files if (RESULTS / file).exists()]
+
+
 def _cases() -> dict[str, Any]:
-    return {
-        name: record
-        for file in ("mamlpp.json", "maml.json")
-        for name, record in json.loads((RESULTS / file).read_text())["cases"].items()
-    }
+    return {name: case for record in _records(FILES) for name, case in record["cases"].items()}
 
 
 def summary() -> str:
     """The README's paragraph and table."""
     cases, machine = _cases(), _machine(json.loads((RESULTS / "mamlpp.json").read_text()))
+    rivals = ["plain loop", "higher", "torchopt"]
+    if any("parallel-metalearn" in record["contenders"] for record in cases.values()):
+        rivals.append("parallel-metalearn")
     lines = [
         "How many times as long the same step takes elsewhere (median over rounds; "
         f"`innerloop bench`, {machine}; [docs/performance.md](docs/performance.md)):",
         "",
-        "| step | s/step | plain loop | higher | torchopt |",
-        "|---|---|---|---|---|",
+        f"| step | s/step | {' | '.join(rivals)} |",
+        "|---" * (len(rivals) + 2) + "|",
     ]
     for name, record in cases.items():
         contenders = record["contenders"]
-        ratios = [contenders.get(who, {}).get("times_innerloop") for who in ("plain loop", "higher", "torchopt")]
+        ratios = [contenders.get(who, {}).get("times_innerloop") for who in rivals]
+        seconds = contenders["innerloop"]["median"]
         cells = [
             TITLES[name],
-            f"{contenders['innerloop']['median']:.3f}",
+            f"{seconds:.{_digits(seconds)}f}",
             *(f"{r['median']:.2f}" if r else "" for r in ratios),
         ]
         lines.append(f"| {' | '.join(cells)} |")

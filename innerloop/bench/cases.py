@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from innerloop.methods import METHODS, Method
-from innerloop.nn import Conv4, ConvNormActPool, NormActPool, ResNet12
+from innerloop.nn import MLP, Conv4, ConvNormActPool, NormActPool, ResNet12
 from innerloop.tasks import Examples, Task
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -18,11 +24,13 @@ class Case:
     """A meta-training step to be timed.
 
     Attributes:
-        network: conv4, resnet12 or transformer.
+        network: conv4, resnet12, transformer, or mlp, the paper's regression network, whose tasks are sinusoids.
+        loss: cross entropy or the mean squared error.
         method: maml or maml_plus_plus; the second with the losses of all steps and exact second order.
         tasks: of the meta-batch.
         inner_steps: K.
-        ways: classes of a task.
+        inner_lr: the rate of all of them.
+        ways: classes of a task; 1 for regression.
         shots: support examples of each class.
         queries: query examples of each class.
         channels: of the images; 1 or 3.
@@ -30,10 +38,12 @@ class Case:
         filters: of Conv4's convolutions, of ResNet-12's first block, or the transformer's width.
     """
 
-    network: Literal["conv4", "resnet12", "transformer"] = "conv4"
+    network: Literal["conv4", "resnet12", "transformer", "mlp"] = "conv4"
+    loss: Literal["cross_entropy", "mse"] = "cross_entropy"
     method: Literal["maml", "maml_plus_plus"] = "maml"
     tasks: int = 8
     inner_steps: int = 5
+    inner_lr: float = 0.05
     ways: int = 20
     shots: int = 1
     queries: int = 1
@@ -41,9 +51,14 @@ class Case:
     size: int = 28
     filters: int = 64
 
-    def build_model(self) -> nn.Module:
+    def build_model(self, device: torch.device = CPU) -> nn.Module:
         """The network, with the same weights every time."""
         torch.manual_seed(0)
+        return self._network().to(device)
+
+    def _network(self) -> nn.Module:
+        if self.network == "mlp":
+            return MLP()
         if self.network == "resnet12":
             widths = [self.filters, *(int(self.filters * m) for m in (2.5, 5, 10))]
             return ResNet12(self.ways, self.channels, widths)
@@ -54,21 +69,32 @@ class Case:
     def build_method(self) -> Method:
         """The method, its schedules at their start: every step's loss counts, in second order."""
         switches = {"da": False} if self.method == "maml_plus_plus" else {}
-        return METHODS[self.method](inner_steps=self.inner_steps, inner_lr=0.05, **switches)
+        return METHODS[self.method](inner_steps=self.inner_steps, inner_lr=self.inner_lr, **switches)
 
-    def meta_batch(self) -> Task:
+    def loss_function(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The loss of outputs and targets."""
+        return F.mse_loss if self.loss == "mse" else F.cross_entropy
+
+    def meta_batch(self, device: torch.device = CPU) -> Task:
         """Random tasks, the same every time: ``[T, ways * shots, ...]`` and ``[T, ways * queries, ...]``."""
         generator = torch.Generator().manual_seed(1)
+        if self.network == "mlp":
+            amplitude = 5 * torch.rand(self.tasks, 1, 1, generator=generator)
+            phase = math.pi * torch.rand(self.tasks, 1, 1, generator=generator)
 
         def examples(per_class: int) -> Examples:
             n, t = self.ways * per_class, self.tasks
+            if self.network == "mlp":
+                x = 10 * torch.rand(t, n, 1, generator=generator) - 5
+                return Examples(x, amplitude * torch.sin(x - phase))
             if self.network == "transformer":
                 inputs = torch.randint(VOCABULARY, (t, n, self.size), generator=generator)
             else:
                 inputs = torch.rand(t, n, self.channels, self.size, self.size, generator=generator)
             return Examples(inputs, torch.arange(self.ways).repeat(t, per_class))
 
-        return Task(examples(self.shots), examples(self.queries))
+        tasks = Task(examples(self.shots), examples(self.queries))
+        return pytree.tree_map(lambda t: t.to(device), tasks)  # type: ignore[no-any-return]
 
 
 def native(model: nn.Module) -> nn.Module:
@@ -111,6 +137,7 @@ class Transformer(nn.Module):
         return logits
 
 
+_SINUSOID = Case("mlp", "mse", tasks=25, inner_steps=1, inner_lr=0.01, ways=1, shots=10, queries=10)
 CASES: dict[str, Case] = {
     "omniglot-mamlpp": Case(method="maml_plus_plus"),
     "omniglot-maml": Case(),
@@ -119,5 +146,7 @@ CASES: dict[str, Case] = {
     "resnet12-small-images-maml": Case(network="resnet12", tasks=2, ways=5, queries=5, channels=3, size=32),
     "transformer-maml": Case(network="transformer", tasks=8, ways=5, queries=5, size=32, filters=64),
     "transformer-wide-maml": Case(network="transformer", tasks=4, ways=5, shots=5, queries=5, size=64, filters=128),
+    "sinusoid-maml": _SINUSOID,
+    "sinusoid-maml-5-steps": replace(_SINUSOID, inner_steps=5),
 }
 """The steps that ``innerloop bench`` knows."""

@@ -6,16 +6,21 @@ import multiprocessing
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from innerloop.bench.cases import Case
-from innerloop.bench.contenders import CONTENDERS
+import torch
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from innerloop.bench.cases import CPU, Case
+from innerloop.bench.contenders import CONTENDERS, Step
 
 
 class ContenderError(RuntimeError):
@@ -32,6 +37,10 @@ class Measurement:
         memory: peak resident memory of its processes together, above what they held with the libraries imported, in
             bytes; ``None`` where the system does not say.
         memory_total: the same with what they held before.
+        device_memory: peak of the tensors on the GPU, in bytes; ``None`` elsewhere.
+        kernels: that the GPU runs for a step; ``None`` elsewhere.
+        compile_seconds: spent on compiling, with an empty cache, in the steps of the warm-up; ``None`` where nothing is
+            compiled.
         failure: why it was left behind, where it failed.
     """
 
@@ -40,6 +49,9 @@ class Measurement:
     failure: str | None = None
     memory: int | None = None
     memory_total: int | None = None
+    device_memory: int | None = None
+    kernels: int | None = None
+    compile_seconds: float | None = None
 
     @property
     def median(self) -> float:
@@ -48,7 +60,12 @@ class Measurement:
 
 
 def measure(
-    case: Case, names: Sequence[str], rounds: int, warm_up: int = 2, tick: Callable[[str], None] = lambda _: None
+    case: Case,
+    names: Sequence[str],
+    rounds: int,
+    warm_up: int = 2,
+    tick: Callable[[str], None] = lambda _: None,
+    device: torch.device = CPU,
 ) -> dict[str, Measurement]:
     """Time a step of each contender ``rounds`` times, in turn, after ``warm_up`` steps of each that do not count.
 
@@ -56,7 +73,7 @@ def measure(
     """
     results = {name: Measurement() for name in names}
     with ExitStack() as running:
-        asked = {name: running.enter_context(_running(case, name)) for name in names}
+        asked = {name: running.enter_context(_running(case, name, device)) for name in names}
         for turn in range(-warm_up, rounds):
             for name, ask in asked.items():
                 tick(name)
@@ -74,7 +91,7 @@ def measure(
         for name, ask in asked.items():
             if results[name].failure is None:
                 with suppress(ContenderError):  # the times are there, whatever became of it since
-                    results[name].memory, results[name].memory_total = ask("memory")
+                    results[name] = replace(results[name], **ask("rest"))
     return results
 
 
@@ -84,11 +101,12 @@ def ratios(slower: Measurement, faster: Measurement) -> list[float]:
 
 
 @contextmanager
-def _running(case: Case, name: str) -> Iterator[Callable[[str], Any]]:
+def _running(case: Case, name: str, device: torch.device) -> Iterator[Callable[[str], Any]]:
     """A contender's process; the function asks it."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, case, name))
+    cache = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    process = context.Process(target=_serve, args=(there, case, name, device, cache.name))
     process.start()
     there.close()
 
@@ -112,10 +130,13 @@ def _running(case: Case, name: str) -> Iterator[Callable[[str], Any]]:
         process.join(timeout=10)
         if process.is_alive():
             process.terminate()
+            process.join()
+        cache.cleanup()
 
 
-def _serve(connection: Connection, case: Case, name: str) -> None:
-    """A contender's life: a step or its memory, whenever it is asked, until nobody can ask any more."""
+def _serve(connection: Connection, case: Case, name: str, device: torch.device, cache: str) -> None:
+    """A contender's life: a step or what else there is to say, whenever it is asked, until nobody can ask any more."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # an empty one: compiling takes what it takes the first time
     before = _peak([os.getpid()])
     step = None
     while True:
@@ -124,21 +145,55 @@ def _serve(connection: Connection, case: Case, name: str) -> None:
         except EOFError:
             break
         try:
-            if what == "memory":
-                children = [p.pid for p in multiprocessing.active_children() if p.pid is not None]
-                total = _peak([os.getpid(), *children])
-                # A worker starts as this process did.
-                above = None if total is None or before is None else total - before * (1 + len(children))
-                answer: Any = (above, total)
-            else:
-                step = step or CONTENDERS[name].build(case)
-                started = time.perf_counter()
-                loss = step()
-                answer = (time.perf_counter() - started, loss)
+            step = step or CONTENDERS[name].build(case, device)
+            answer: Any = timed(step, device) if what == "step" else _rest(step, device, before)
         except Exception as error:
             answer = RuntimeError(f"{type(error).__name__}: {error}")
         connection.send(answer)
     os._exit(0)  # workers end with their pipes; nothing here is worth waiting for
+
+
+def timed(step: Step, device: torch.device) -> tuple[float, float]:
+    """Seconds of a step, on a GPU between two of its events, and the loss."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize(device)
+        start.record()
+        loss = step.take()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1e3, loss
+    started = time.perf_counter()
+    loss = step.take()
+    return time.perf_counter() - started, loss
+
+
+def operations(step: Step, device: torch.device) -> int:
+    """Kernels that the GPU runs for a step, one by one or in a graph; on a CPU, operations of this process."""
+    kind = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
+    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        step.take()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    events = profiler.events() or []
+    return sum(e.device_type == kind and not e.name.startswith(("Memcpy", "Memset")) for e in events)
+
+
+def _rest(step: Step, device: torch.device, before: int | None) -> dict[str, Any]:
+    """The rest of a measurement, once all steps have been timed."""
+    children = [p.pid for p in multiprocessing.active_children() if p.pid is not None]
+    total = _peak([os.getpid(), *children])
+    # A worker starts as this process did.
+    above = None if total is None or before is None else total - before * (1 + len(children))
+    on_gpu = device.type == "cuda"
+    return {
+        "memory": above,
+        "memory_total": total,
+        "device_memory": torch.cuda.max_memory_allocated(device) if on_gpu else None,
+        "kernels": operations(step, device) if on_gpu else None,
+        "compile_seconds": step.compile_seconds(),
+    }
 
 
 def _peak(processes: Sequence[int]) -> int | None:
