@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from innerloop.bench.cases import Case, native
 from innerloop.bench.floors import Floor, Kind
 from innerloop.data import Split
+from innerloop.engines import Compiled
 from innerloop.learner import MetaLearner
 from innerloop.tasks import Task, select_task
 from innerloop.training.memory import keep_freed_memory
@@ -100,11 +101,11 @@ def _innerloop(
 
 
 def _compiled(case: Case, device: torch.device) -> Step:
-    """Compiled graphs, in one process; where nothing can be compiled it fails, and says why."""
+    """Compiled graphs, shared out as ``innerloop train`` does; where nothing can be compiled it fails, and says why."""
     model = case.build_model(device)
     learner = MetaLearner(model, case.loss_function(), case.build_method(), compile="on")
-    step, graphs = _shared_out(case, device, learner, processes=1), learner._compiled
-    assert graphs is not None
+    step, graphs = _shared_out(case, device, learner, processes=int(learner.vmapped)), learner.engine
+    assert isinstance(graphs, Compiled)
 
     def take() -> float:
         loss = step.take()
