@@ -89,7 +89,8 @@ def _innerloop(
 ) -> Step:
     """The library as ``innerloop train`` uses it.
 
-    On a CPU that is a single-threaded process a core, channels-last; on a GPU one process, which captures what it can.
+    On a CPU that is a single-threaded process a core, channels-last, or one for tasks that are vmapped; on a GPU one,
+    which captures what it can.
     """
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -97,7 +98,7 @@ def _innerloop(
     learner = MetaLearner(model, case.loss_function(), case.build_method(), **options)
     if capture is None:
         capture = device.type == "cuda" and learner.vmapped
-    return _shared_out(case, device, learner, processes, capture)
+    return _shared_out(case, device, learner, processes or int(learner.vmapped), capture)
 
 
 def _compiled(case: Case, device: torch.device) -> Step:

@@ -173,8 +173,7 @@ def build_workers(
             raise ConfigError(f"--processes {processes} is for the CPU, and this run is on {device}: --processes 0")
         processes = 1
     elif not processes:
-        # The sinusoid network is so small that its tasks run as one vmapped computation.
-        processes = 1 if config.regression else min(cores, config.outer.meta_batch)
+        processes = 1 if learner.vmapped else min(cores, config.outer.meta_batch)
     threads = config.compute.threads or max(1, cores // processes)
     if device.type == "cpu":
         torch.set_num_threads(threads)
