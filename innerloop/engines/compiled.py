@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Hashable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from innerloop.adapted import Asked, TaskOutputs
 from innerloop.engines.engine import Engine, Plan, Subject
 from innerloop.engines.pieces import Given, Group, Nest
 from innerloop.engines.programs import GradientProgram, OutputsProgram, layout_of, settled
-from innerloop.engines.tracing import Backend, NotCompiledError, compiled
+from innerloop.engines.tracing import Backend, NotCompiledError, distinct, halved, lowered, traced
 from innerloop.meta_gradients import TaskGradient
 from innerloop.tasks import Task, meta_batch_size
 
@@ -150,6 +151,53 @@ class Compiled:
 
     def made(self, function: Callable[[Given], Any], given: Given) -> Callable[[Given], Any]:
         """A function of the inner step, compiled for arguments like these."""
+        of = self._traced(function, given)
+        call = self._compiled(of.graph, of.arguments)
+
+        def run(given: Given) -> Any:
+            with torch.no_grad():
+                return of.grouped(call(*_flat(given)))
+
+        return run
+
+    def halves(
+        self, function: Callable[[Given], Any], given: Given, late: Collection[str], there: int
+    ) -> tuple[Callable[[Given], Any], Callable[[Any, Given], Any]] | None:
+        """A function in two parts, compiled: what it gives before the ``late`` arguments are known, and after.
+
+        The first part's result has empty groups in the place of what the second gives, and is what the second needs.
+        None where the function cannot be halved.
+        """
+        of = self._traced(function, given)
+        names = [name for name, group in given._asdict().items() for _ in group]
+        late_places = [i for i, name in enumerate(names) if name in late]
+        early = [i for i in range(len(names)) if i not in late_places]
+        early_results = sum(of.sizes[:there])
+        parts = halved(of.graph, late_places, early_results)
+        if parts is None:
+            return None
+        first = self._compiled(parts.first, [of.arguments[i] for i in early])
+        with torch.no_grad():
+            kept = list(first(*[of.arguments[i] for i in early]))[early_results:]
+        last = [*parts.again, *late_places]
+        second = self._compiled(parts.second, [*kept, *(of.arguments[i] for i in last)])
+
+        def ahead(given: Given) -> Any:
+            arguments = _flat(given)
+            with torch.no_grad():
+                found = list(first(*[arguments[i] for i in early]))
+            there_groups = of.grouped(found[:early_results], fields=there)
+            return there_groups, found[early_results:]
+
+        def back(kept: Any, given: Given) -> Any:
+            arguments = _flat(given)
+            with torch.no_grad():
+                found = second(*kept, *[arguments[i] for i in last])
+            return of.grouped(found, skipped=there)
+
+        return ahead, back
+
+    def _traced(self, function: Callable[[Given], Any], given: Given) -> _Traced:
         sizes: list[int] = []
         kinds: list[type] = []
 
@@ -160,20 +208,37 @@ class Compiled:
             return [t for group in found for t in group]
 
         started = time.monotonic()
-        arguments = [t for group in given for t in group]
-        small = sum(t.numel() for t in arguments) < _SMALL
-        call = compiled(flat, arguments, self._backend, self._timeout, 1 if small else torch.get_num_threads())
+        arguments = distinct(_flat(given))
+        graph = traced(flat, arguments)
         self.seconds += time.monotonic() - started
-        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        spans = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-        kind = kinds[0]
+        return _Traced(graph, arguments, kinds[0], sizes)
 
-        def run(given: Given) -> Any:
-            with torch.no_grad():
-                found = call(*[t for group in given for t in group])
-            return kind(*[found[span] for span in spans])
+    def _compiled(self, graph: GraphModule, arguments: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+        started = time.monotonic()
+        small = sum(t.numel() for t in arguments) < _SMALL
+        call = lowered(graph, arguments, self._backend, self._timeout, 1 if small else torch.get_num_threads())
+        self.seconds += time.monotonic() - started
+        return call
 
-        return run
+
+class _Traced(NamedTuple):
+    """A function's graph, and how its results are grouped."""
+
+    graph: GraphModule
+    arguments: list[Tensor]
+    kind: type
+    sizes: list[int]
+
+    def grouped(self, found: Sequence[Tensor], skipped: int = 0, fields: int | None = None) -> Any:
+        """Flat results as groups; those of ``fields`` fields after ``skipped``, the others empty."""
+        rest = iter(found)
+        end = len(self.sizes) if fields is None else skipped + fields
+        groups = ([next(rest) for _ in range(size)] if skipped <= i < end else [] for i, size in enumerate(self.sizes))
+        return self.kind(*groups)
+
+
+def _flat(given: Given) -> list[Tensor]:
+    return [t for group in given for t in group]
 
 
 _SMALL = 1_000_000

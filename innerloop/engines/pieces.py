@@ -99,6 +99,23 @@ class Turn(NamedTuple):
     rates: Group
 
 
+class ThereAndBack(NamedTuple):
+    """What ``Pieces.there_and_back`` gives: the step ahead, and from ``adjoint`` on the way back."""
+
+    theta: Group
+    state: Group
+    buffers: Group
+    losses: Group
+    adjoint: Group
+    adjoint_state: Group
+    psi: Group
+    rates: Group
+
+
+THERE = 4
+"""Fields of ``ThereAndBack`` that are known before the way back."""
+
+
 class Answer(NamedTuple):
     """What ``Pieces.answer`` gives."""
 
@@ -215,6 +232,18 @@ class Pieces:
         found = self._back(given, second_order)
         psi = [a + b for a, b in zip(made.query_psi, found.psi, strict=True)] if found.psi else made.query_psi
         return Turn(made.buffers, made.losses, made.outputs, found.adjoint, found.adjoint_state, psi, found.rates)
+
+    def there_and_back(self, given: Given) -> ThereAndBack:
+        """Inner step k and the way back over it, of one graph that is to be halved: its gradient is computed once."""
+        made, second_order = self._ahead(given, keep_graph=True)
+        adjoint = given.adjoint
+        if made.query_theta:
+            adjoint = [a + b for a, b in zip(adjoint, made.query_theta, strict=True)]
+        found = self._back(given._replace(g=made.g, adjoint=adjoint), second_order)
+        psi = [a + b for a, b in zip(made.query_psi, found.psi, strict=True)] if made.query_psi else found.psi
+        return ThereAndBack(
+            made.theta, made.state, made.buffers, made.losses, found.adjoint, found.adjoint_state, psi, found.rates
+        )
 
     def back(self, given: Given) -> Backward:
         """Back over an inner step, whose gradient is computed once more: memory does not grow with the steps."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from innerloop import norm_layers
 from innerloop.adapted import Asked, TaskOutputs
-from innerloop.engines.pieces import Answer, Given, Group, Layout, Nest, Pieces, over_tasks
+from innerloop.engines.pieces import THERE, Answer, Given, Group, Layout, Nest, Pieces, over_tasks
 from innerloop.inner_loop import InnerLoop, MetaParameters
 from innerloop.meta_gradients import LossWeights, TaskGradient, by_psi
 from innerloop.norm_layers import Normalisation
@@ -25,6 +25,7 @@ _EMPTY = MetaParameters({}, {}, {}, {})
 _NONE = Given(*[[]] * len(Given._fields))
 
 Made = Callable[[Given], Any]
+Halves = tuple[Callable[[Given], Any], Callable[[Any, Given], Any]]
 
 
 class Maker(Protocol):
@@ -32,6 +33,9 @@ class Maker(Protocol):
 
     def made(self, function: Made, given: Given) -> Made:
         """A function, compiled for arguments like these."""
+
+    def halves(self, function: Made, given: Given, late: Collection[str], there: int) -> Halves | None:
+        """A function in two parts, for arguments that are known late."""
 
 
 class _Walked(NamedTuple):
@@ -60,6 +64,7 @@ class Functions:
         self.maker, self.layout, self.vmapped, self.lslr = maker, layout, vmapped, loop.lslr
         self.loop = replace(loop, functional=True, lslr=False)  # of one step, with that step's rates
         self._made: dict[Hashable, Made] = {}
+        self._halves: dict[Hashable, Halves | None] = {}
 
     def called(self, key: Hashable, piece: Callable[[], Made], given: Given, one_theta: bool = False) -> Any:
         """A piece's result; ``piece()`` makes it, the first time."""
@@ -67,6 +72,17 @@ class Functions:
         if function is None:
             function = self._made[key] = self.maker.made(over_tasks(piece(), self.vmapped, one_theta), given)
         return function(given)
+
+    def halves(self, key: Hashable, piece: Callable[[], Made], given: Given, there: int) -> Halves | None:
+        """A piece in two parts, the second for adjoints; None where it cannot be halved."""
+        if key not in self._halves:
+            late = given._replace(
+                adjoint=[torch.zeros_like(t) for t in given.theta],
+                adjoint_state=[torch.zeros_like(s) for s in given.state],
+            )
+            function = over_tasks(piece(), self.vmapped, False)
+            self._halves[key] = self.maker.halves(function, late, ("adjoint", "adjoint_state"), there)
+        return self._halves[key]
 
     def of_each(self, t: Tensor, tasks: int) -> Tensor:
         """What all tasks share, for each of them to have its own; not vmapped, as it is."""
@@ -136,8 +152,7 @@ class GradientProgram(Functions):
         numbers = self._numbers(steps, weights, theta[0])
 
         losses: list[Group] = []
-        query_psi: list[Group] = []
-        seen: list[Given] = []
+        seen: list[tuple[Given, Callable[[Given], Any]]] = []
         outputs: Group = []
         for k in range(steps - 1):
             rates, psi = by_step[k]
@@ -146,14 +161,18 @@ class GradientProgram(Functions):
                 step=numbers[k], theta=theta, state=state, psi=psi, rates=rates, frozen=frozen,
                 buffers=[*shared, *(stack[k] for stack in stacks)], support=support, query=query if counts else [],
             )  # fmt: skip
-            made = self._piece("ahead", counts, given)
+            halves = self._there_and_back(counts, given) if k >= steps - self.loop.stored_steps else None
+            if halves is not None:
+                made, kept = halves[0](given)
+                seen.append((given, partial(halves[1], kept)))
+            else:
+                made = self._piece("ahead", counts, given)
+                seen.append((given._replace(query=[], query_theta=made.query_theta, g=made.g), self._back_over(made)))
             theta, state = made.theta, made.state
             shared = made.buffers[: len(shared)]
             for stack, buffer in zip(stacks, made.buffers[len(shared) :], strict=True):
                 stack[k] = buffer
             losses.append(made.losses)
-            query_psi.append(made.query_psi)
-            seen.append(given._replace(query=[], query_theta=made.query_theta, g=made.g))
         k = steps - 1
         rates, psi = by_step[k]
         given = _NONE._replace(
@@ -168,13 +187,11 @@ class GradientProgram(Functions):
         outputs = turn.outputs
         adjoint, adjoint_state = turn.adjoint, turn.adjoint_state
         psi_gradients, rate_gradients = [turn.psi], [turn.rates]
-        for k in reversed(range(steps - 1)):
-            given = seen.pop()._replace(adjoint=adjoint, adjoint_state=adjoint_state)
-            if not self.second_order:  # of constants the update alone is walked back over
-                given = given._replace(buffers=[], frozen=[], psi=[], support=[])
-            found = self._piece("back", bool(given.query_theta), given)
+        while seen:
+            given, back = seen.pop()
+            found = back(given._replace(adjoint=adjoint, adjoint_state=adjoint_state))
             adjoint, adjoint_state = found.adjoint, found.adjoint_state
-            psi_gradients.append(_both(found.psi, query_psi[k]))
+            psi_gradients.append(found.psi)
             rate_gradients.append(found.rates)
         if self.vmapped and not one_theta:
             adjoint = [t.sum(0) for t in adjoint]
@@ -209,6 +226,24 @@ class GradientProgram(Functions):
             shared,
             [torch.stack(stack, int(self.vmapped)) for stack in stacks],
         )
+
+    def _there_and_back(self, counts: bool, given: Given) -> Halves | None:
+        """A step whose costly results are kept for the way back; None in first order, which has no use for them."""
+        if not self.second_order:
+            return None
+        pieces = Pieces(self.loop, self.layout, True, counts)
+        return self.halves(("there and back", counts), lambda: pieces.there_and_back, given, THERE)
+
+    def _back_over(self, made: Any) -> Callable[[Given], Any]:
+        """The way back over a step, which is computed once more."""
+
+        def back(given: Given) -> Any:
+            if not self.second_order:  # of constants the update alone is walked back over
+                given = given._replace(buffers=[], frozen=[], psi=[], support=[])
+            found = self._piece("back", bool(given.query_theta), given)
+            return found._replace(psi=_both(found.psi, made.query_psi))
+
+        return back
 
     def _piece(self, name: str, counts: bool, given: Given, one_theta: bool = False) -> Any:
         def piece() -> Made:

@@ -7,14 +7,15 @@ them, and what is left to compile has none.
 from __future__ import annotations
 
 import functools
+import operator
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from innerloop.closed_forms.kernels import switched_off
@@ -44,14 +45,20 @@ def compiled(
         NotCompiledError: the function draws random numbers, chooses by a tensor's values or reads tensors that are no
             arguments, an operation is unknown, there is no compiler, it fails, or it takes too long.
     """
-    arguments = _distinct(arguments)
-    graph = traced(function, arguments)
+    arguments = distinct(arguments)
+    return lowered(traced(function, arguments), arguments, backend, timeout, threads)
+
+
+def lowered(
+    graph: GraphModule, arguments: Sequence[Tensor], backend: Backend, timeout: float, threads: int
+) -> Callable[..., Sequence[Tensor]]:
+    """A graph as a function, compiled; see ``compiled``."""
     if backend == "eager":
         return cast(Callable[..., Sequence[Tensor]], graph)
     return cast(Callable[..., Sequence[Tensor]], _within(timeout, lambda: _by_inductor(graph, arguments, threads)))
 
 
-def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
+def distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The same values in tensors of their own: a trace takes one tensor in two places for one argument."""
     seen: set[int] = set()
     found = []
@@ -79,6 +86,86 @@ def traced(function: Flat, arguments: Sequence[Tensor]) -> GraphModule:
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+class Halves(NamedTuple):
+    """A graph in two parts, for arguments of which some are known only after its first results were used.
+
+    Attributes:
+        first: of the early arguments; gives the early results, and what it keeps for the second.
+        second: of what was kept, ``again`` and the late arguments; gives the late results.
+        again: indices of the early arguments that the second part needs too.
+    """
+
+    first: GraphModule
+    second: GraphModule
+    again: list[int]
+
+
+def halved(graph: GraphModule, late_arguments: Collection[int], early_results: int) -> Halves | None:
+    """The graph in two parts. Results of costly operations are kept for the second, and cheap ones computed again.
+
+    Elementwise operations are fused into those that read them, so that to compute one again costs less than to write
+    its result and read it. None where the graph changes tensors in place, and what is computed again might differ.
+    """
+    nodes = list(graph.graph.nodes)
+    if any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in nodes):
+        return None
+    places = [n for n in nodes if n.op == "placeholder"]
+    results: list[Node] = list(nodes[-1].args[0])
+    late = {places[i] for i in late_arguments}
+    for node in nodes:
+        if any(source in late for source in node.all_input_nodes):
+            late.add(node)
+    if any(result in late for result in results[:early_results]):
+        return None
+    kept: dict[Node, None] = {}
+    again: dict[Node, None] = {}
+    seen: set[Node] = set()
+    waiting = [r for r in results[early_results:] if isinstance(r, Node)]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            if node not in late:
+                again[node] = None
+        elif node not in late and _costly(node):
+            kept[node] = None
+        else:
+            waiting += node.all_input_nodes
+    early = [n for n in places if n not in late]
+    first = _part(graph, early, [*results[:early_results], *kept])
+    second = _part(graph, [*kept, *again, *(n for n in places if n in late)], results[early_results:])
+    return Halves(first, second, [places.index(n) for n in again])
+
+
+def _costly(node: Node) -> bool:
+    if node.target is operator.getitem:
+        return _costly(node.all_input_nodes[0])
+    return any(part in str(node.target) for part in _COSTLY)
+
+
+_COSTLY = ("mm", "convolution", "sum", "mean", "max", "softmax", "var", "norm", "scatter", "index", "embedding")
+
+
+def _part(graph: GraphModule, inputs: Sequence[Node], outputs: Sequence[Any]) -> GraphModule:
+    """The operations between these inputs and outputs, as a graph of its own."""
+    part, made = Graph(), {}
+    for node in inputs:
+        made[node] = part.placeholder(node.name)
+        made[node].meta = dict(node.meta)
+    for node in graph.graph.nodes:
+        if (
+            node not in made
+            and node.op not in ("placeholder", "output")
+            and all(n in made for n in node.all_input_nodes)
+        ):
+            made[node] = part.node_copy(node, made.__getitem__)
+    part.output([made[o] if isinstance(o, Node) else o for o in outputs])
+    part.eliminate_dead_code()
+    return GraphModule(graph, part)
 
 
 @functools.cache

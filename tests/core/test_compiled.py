@@ -28,7 +28,10 @@ def pair(case: Case, method: Method, vmapped: bool, backend: str = "eager") -> t
     """The same learner without and with graphs."""
     mode = "mixed" if method.second_order else "auto"
     plain = scramble(MetaLearner(case.model(), case.loss, method, mode, parallel="loop"))
-    traced = scramble(MetaLearner(case.model(), case.loss, method, mode, parallel="loop", compile="on"))
+    stored = 1 if method.msl else 5  # the others are computed again on the way back
+    traced = scramble(
+        MetaLearner(case.model(), case.loss, method, mode, parallel="loop", compile="on", stored_steps=stored)
+    )
     traced.engine = Compiled(traced.engine.plain, traced.model, vmapped, backend=backend)
     return plain, traced
 
