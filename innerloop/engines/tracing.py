@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
+from torch.func import functionalize
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -77,7 +78,8 @@ def traced(function: Flat, arguments: Sequence[Tensor]) -> GraphModule:
     try:
         # Of tensors without values, so that nothing can be read from them unnoticed.
         with switched_off():
-            graph: GraphModule = make_fx(function, _changing_statistics(), tracing_mode="fake")(*arguments)
+            pure = functionalize(function, remove="mutations")
+            graph: GraphModule = make_fx(pure, _changing_statistics(), tracing_mode="fake")(*arguments)
     except Exception as error:
         raise NotCompiledError(_reason(error)) from error
     for node in graph.graph.nodes:
