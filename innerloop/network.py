@@ -50,6 +50,11 @@ class Network:
         """Which norm layers are frozen."""
         return Modes(self.model)
 
+    @cached_property
+    def recurrent(self) -> bool:
+        """Whether there are recurrent layers, whose gradients cuDNN cannot differentiate; PyTorch's own kernels can."""
+        return any(isinstance(module, nn.RNNBase) for module in self.model.modules())
+
     @contextmanager
     def differentiated(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
         """Around a gradient of what was called with these tensors, for models that compute again meanwhile."""
@@ -110,6 +115,8 @@ class Network:
         args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
         with ExitStack() as stack:
             stack.enter_context(_MATH_ATTENTION)
+            if self.recurrent:
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             if torch._C._are_functorch_transforms_active():
                 stack.enter_context(MixedBatchNorm())
             if self.precision == "bf16":

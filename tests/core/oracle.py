@@ -44,7 +44,7 @@ def naive_task_loss(
     """sum_k w_k L_query(theta^{k+1}), differentiable; ``buffers`` (one dict a step) are moved in place."""
     velocity = {n: torch.zeros_like(t) for n, t in theta.items()}
     square = {n: torch.zeros_like(t) for n, t in theta.items()}
-    total = torch.zeros(())
+    total: Tensor | float = 0.0
 
     def call(k: int, examples: tuple[Any, Any]) -> Tensor:
         inputs, targets = examples
@@ -147,5 +147,5 @@ def scramble(learner: MetaLearner) -> MetaLearner:
     with torch.no_grad():
         for name, t in learner.state_dict().items():
             if name.startswith(("rates/", "per_step")) and t.is_floating_point():
-                t.mul_(0.5 + torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t.dtype))
+                t.mul_(0.5 + torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t))
     return learner

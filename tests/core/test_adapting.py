@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from oracle import gradients, scramble, statistics
 from torch import Tensor, nn
 from torch.func import functional_call
-from zoo import CASES, Case
+from zoo import CASES, Case, placed
 
 from innerloop import Examples, MetaLearner, Method, maml, maml_plus_plus
 
 CONV = CASES["conv_batch_norm"]
 STEPS = 3
+pytestmark = pytest.mark.usefixtures("device")
 NETWORKS = [n for n in CASES if n != "running_norm"]  # a layer that has no use for its batch's statistics
 
 
@@ -132,7 +133,7 @@ def test_tied_parameters_stay_tied() -> None:
 @pytest.mark.parametrize("network", ["conv_batch_norm", "residual"])
 def test_batch_and_running_normalisation(network: str, method: Method) -> None:
     learner = trained(CASES[network], method)
-    support, x = CASES[network].examples(6), torch.randn(6, 1, 8, 8)
+    support, x = CASES[network].examples(6), placed(torch.randn(6, 1, 8, 8))
     with torch.no_grad():
         batch, running = (learner.adapt(support, normalisation=n) for n in ("batch", "running"))
         assert not torch.allclose(batch(x)[:3], batch(x[:3]), atol=1e-3)
@@ -166,7 +167,7 @@ def test_nothing_of_the_learner_changes_by_use() -> None:
             assert [m.training for m in learner.model.modules()] == modes  # also while the walk is going on
             learner.predict(theta, k, query.inputs, normalisation)
         with pytest.raises(RuntimeError):
-            learner.predict(theta, k, torch.zeros(1, 2, 3, 4, 5), normalisation)
+            learner.predict(theta, k, placed(torch.zeros(1, 2, 3, 4, 5)), normalisation)
     assert [m.training for m in learner.model.modules()] == modes
     assert all(t.equal(state[n]) for n, t in learner.state_dict().items())
     assert all(b.equal(buffers[n]) for n, b in learner.model.named_buffers())
@@ -212,9 +213,9 @@ def test_adapting_and_meta_training_walk_the_same_path(rule: str) -> None:
 
 def test_adapting_works_where_autograd_is_switched_off() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    model = placed(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
     learner = MetaLearner(model, nn.functional.mse_loss, maml(inner_steps=2))
-    inputs, targets = torch.randn(5, 3), torch.randn(5, 2)
+    inputs, targets = placed((torch.randn(5, 3), torch.randn(5, 2)))
     expected = learner.adapt((inputs, targets))(inputs)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():

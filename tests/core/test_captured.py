@@ -10,23 +10,22 @@ from zoo import CASES
 from innerloop import CapturedGradients, MetaLearner, fomaml, maml, maml_plus_plus
 from innerloop.learner import NonFiniteLossError
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 CASE = CASES["conv_batch_norm"]
+pytestmark = pytest.mark.usefixtures("device")
 
 
-def learner_for(device: str, **switches: object) -> MetaLearner:
+def learner_for(**switches: object) -> MetaLearner:
     method = maml_plus_plus(**{"inner_steps": 3, "msl_epochs": 4, "da_epochs": 2, **switches})
-    return scramble(make(CASE.model().to(device), CASE.loss, method, "mixed vmap"))
+    return scramble(make(CASE.model(), CASE.loss, method, "mixed vmap"))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_equals_the_learner_through_training(device: str) -> None:
+def test_equals_the_learner_through_training() -> None:
     """Over epochs in which DA changes the order, MSL its weights and then their pattern, with steps and statistics."""
-    captured, plain = learner_for(device), learner_for(device)
+    captured, plain = learner_for(), learner_for()
     graphs = CapturedGradients(captured)
     optimizers = [torch.optim.SGD(learner.parameters(), lr=0.1) for learner in (captured, plain)]
     for epoch in range(7):
-        tasks = torch.utils._pytree.tree_map(lambda t: t.to(device), CASE.tasks(seed=epoch))
+        tasks = CASE.tasks(seed=epoch)
         results = graphs.backward(tasks, epoch), plain.backward(tasks, epoch)
         assert relative_difference(gradients(captured), gradients(plain)) < 1e-12
         for name in ("loss", "support_losses", "query_losses", "query_outputs"):
@@ -38,11 +37,10 @@ def test_equals_the_learner_through_training(device: str) -> None:
     torch.testing.assert_close(statistics(captured), statistics(plain))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_gradients_add_up_and_earlier_results_stay(device: str) -> None:
-    captured, plain = learner_for(device, da=False), learner_for(device, da=False)
+def test_gradients_add_up_and_earlier_results_stay() -> None:
+    captured, plain = learner_for(da=False), learner_for(da=False)
     graphs = CapturedGradients(captured)
-    tasks = [torch.utils._pytree.tree_map(lambda t: t.to(device), CASE.tasks(size=s, seed=s)) for s in (2, 3, 2)]
+    tasks = [CASE.tasks(size=s, seed=s) for s in (2, 3, 2)]
     first = graphs.backward(tasks[0], 0)
     kept = first.support_losses.clone()
     for t in tasks[1:]:
@@ -63,7 +61,7 @@ def test_what_cannot_be_captured_is_refused() -> None:
 
 
 def test_errors_are_those_of_the_learner() -> None:
-    graphs = CapturedGradients(learner_for("cpu"))
+    graphs = CapturedGradients(learner_for())
     with pytest.raises(ValueError, match="need the epoch"):
         graphs.backward(CASE.tasks())
     graphs = CapturedGradients(make(CASE.model(), CASE.loss, fomaml(inner_steps=2), "mixed vmap"))

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from oracle import gradients, relative_difference, scramble, statistics
 from torch import Tensor, nn
-from zoo import CASES, Case
+from zoo import CASES, Case, placed
 
 from innerloop import MetaLearner, Method, anil, fomaml, maml, maml_plus_plus
 from innerloop.engines.compiled import Compiled
 from innerloop.engines.tracing import compiled
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def methods(case: Case) -> Iterator[tuple[str, Method]]:
@@ -79,11 +81,13 @@ def test_what_cannot_be_traced_is_computed_as_ever_with_one_warning() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(x) if float(x.detach().sum()) > 0 else self.head(2 * x)
 
-    tasks = ((torch.randn(2, 6, 4), torch.arange(6).expand(2, 6) % 3),) * 2
+    tasks = placed(((torch.randn(2, 6, 4), torch.arange(6).expand(2, 6) % 3),) * 2)
     torch.manual_seed(1)
-    plain = MetaLearner(Branches(), F.cross_entropy, maml(inner_steps=2), "mixed", parallel="loop")
+    plain = MetaLearner(placed(Branches()), F.cross_entropy, maml(inner_steps=2), "mixed", parallel="loop")
     torch.manual_seed(1)
-    traced = MetaLearner(Branches(), F.cross_entropy, maml(inner_steps=2), "mixed", parallel="loop", compile="on")
+    traced = MetaLearner(
+        placed(Branches()), F.cross_entropy, maml(inner_steps=2), "mixed", parallel="loop", compile="on"
+    )
     plain.backward(tasks)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -102,6 +106,6 @@ def test_a_choice_that_there_is_not() -> None:
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_one_tensor_in_two_places_is_two_arguments(backend: str) -> None:
     """A trace knows its arguments by who they are: what is one tensor when it is made may be two later."""
-    same, a, b = (torch.randn(3) for _ in range(3))
+    same, a, b = (placed(torch.randn(3)) for _ in range(3))
     graph = compiled(lambda p, q: [2 * p - q], [same, same], backend, 60.0, 1)  # type: ignore[arg-type]
     torch.testing.assert_close(next(iter(graph(a, b))), 2 * a - b)

@@ -14,6 +14,7 @@ from innerloop.engines import Vmapped
 STEPS = 3
 MSL_AT_EPOCH_4_OF_10 = [0.2, 0.2, 0.6]
 TOLERANCE = 1e-9
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def method_for(name: str, case: Case, **switches: object) -> Method:

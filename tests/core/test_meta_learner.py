@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from oracle import WAYS, gradients, make, naive, relative_difference, scramble, statistics
 from torch import nn
-from zoo import CASES, NOT_VMAPPED
+from zoo import CASES, NOT_VMAPPED, placed
 
 from innerloop import Examples, MetaLearner, Task, maml, maml_plus_plus, stack_tasks
 from innerloop.tasks import meta_batch_size, select_task
 
 CONV = CASES["conv_batch_norm"]
 PLUS_PLUS = maml_plus_plus(inner_steps=2, da_epochs=0)
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def test_the_models_own_parameters_are_the_initialisation() -> None:
@@ -134,13 +135,13 @@ def test_state_dict_round_trip() -> None:
     groups = {n.partition("/")[0] for n in state}
     assert groups == {"adapted", "per_step", "rates", "per_step_statistics"}
     assert not any(t.requires_grad for t in state.values())
-    other = MetaLearner(CONV.build(), CONV.loss, PLUS_PLUS)
+    other = MetaLearner(placed(CONV.build()), CONV.loss, PLUS_PLUS)
     mine = dict(other.named_parameters())
     other.load_state_dict(state)
     assert all(t is mine[n] for n, t in other.named_parameters())
     assert other.state_dict().keys() == state.keys()
     assert all(t.equal(state[n]) for n, t in other.state_dict().items())
-    support, x = CONV.examples(6), torch.randn(4, 1, 8, 8)
+    support, x = CONV.examples(6), placed(torch.randn(4, 1, 8, 8))
     for normalisation in ("batch", "running"):
         assert learner.adapt(support, None, normalisation)(x).equal(other.adapt(support, None, normalisation)(x))
 
@@ -205,8 +206,8 @@ def test_parts_of_a_meta_batch_add_up_to_the_whole(way: str) -> None:
 
 
 @pytest.mark.parametrize(("width", "vmapped"), [(8, True), (3000, False)])
-def test_automatic_choices(width: int, vmapped: bool) -> None:
-    """Mixed mode; small models are vmapped: the support loss then sees a tensor of all tasks."""
+def test_automatic_choices(width: int, vmapped: bool, device: str) -> None:
+    """Mixed mode; small models, and all on a GPU, are vmapped: the support loss then sees a tensor of all tasks."""
     seen = []
 
     def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -214,11 +215,11 @@ def test_automatic_choices(width: int, vmapped: bool) -> None:
         return torch.nn.functional.mse_loss(outputs, targets)
 
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.Tanh(), torch.nn.Linear(width, 1))
+    model = placed(torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.Tanh(), torch.nn.Linear(width, 1)))
     case = CASES["mlp_regressor"]
     learner = MetaLearner(model, loss, maml(inner_steps=2))
     learner.backward(case.tasks())
-    assert any(seen) == vmapped
+    assert any(seen) == (vmapped or device != "cpu")
     found = gradients(learner)
     exact = MetaLearner(model, torch.nn.functional.mse_loss, maml(inner_steps=2), "reverse")
     for p in model.parameters():

@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from oracle import EXACT, WAYS, gradients, make, naive, relative_difference, scramble, statistics
 from torch import Tensor, nn
 from torch.func import functional_call
-from zoo import CASES
+from zoo import CASES, placed
 
 from innerloop import Examples, MetaLearner, Task, maml, maml_plus_plus, meta_sgd, stack_tasks
 
 CONV = CASES["conv_batch_norm"]
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def theta_by_hand(model: nn.Module, support: Examples, steps: int, rate: float) -> list[dict[str, Tensor]]:
@@ -42,7 +43,7 @@ def test_msl_weighs_the_query_losses_of_all_steps(way: str) -> None:
         torch.testing.assert_close(result.query_losses[i], torch.stack(query), rtol=1e-12, atol=0)
         outputs = functional_call(model, walked[-1], (task.query.inputs,))
         torch.testing.assert_close(result.query_outputs[i], outputs.detach(), rtol=1e-11, atol=1e-12)
-    expected = (result.query_losses @ torch.tensor([0.2, 0.2, 0.6])).mean()
+    expected = (result.query_losses @ placed(torch.tensor([0.2, 0.2, 0.6]))).mean()
     torch.testing.assert_close(result.loss, expected, rtol=1e-12, atol=0)
     assert not result.loss.requires_grad
     assert not result.query_outputs[0].requires_grad
@@ -98,9 +99,8 @@ class OneNorm(nn.Module):
 
 def one_norm_tasks() -> Task:
     support, query = torch.arange(6) % 3, torch.arange(5) % 3
-    return stack_tasks(
-        [Task(Examples(torch.randn(6, 3) + i, support), Examples(torch.randn(5, 3) - i, query)) for i in range(3)]
-    )
+    tasks = [Task(Examples(torch.randn(6, 3) + i, support), Examples(torch.randn(5, 3) - i, query)) for i in range(3)]
+    return placed(stack_tasks(tasks))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -109,13 +109,13 @@ def test_running_statistics(bnrs: bool, way: str) -> None:
     """running = 0.9 old + 0.1 batch's (variance unbiased): at step k the support set at theta^k, then the query set at
     theta^{k+1}, on entry k (BNRS) or on the one set there is; the mean over tasks is kept."""
     torch.manual_seed(0)
-    model, tasks, steps = OneNorm(), one_norm_tasks(), 3
+    model, tasks, steps = placed(OneNorm()), one_norm_tasks(), 3
     learner = make(model, F.cross_entropy, maml(inner_steps=steps, bnrs=bnrs, msl=True), way)
     means, variances, counters = [], [], []
     for i in range(3):
         task = torch.utils._pytree.tree_map(lambda t, i=i: t[i], tasks)
         walked = theta_by_hand(model, task.support, steps, 0.1)
-        mean, var = torch.zeros(steps if bnrs else 1, 4), torch.ones(steps if bnrs else 1, 4)
+        mean, var = placed((torch.zeros(steps if bnrs else 1, 4), torch.ones(steps if bnrs else 1, 4)))
         for k in range(steps):
             entry = k if bnrs else 0
             for theta, x in ((walked[k], task.support.inputs), (walked[k + 1], task.query.inputs)):
@@ -124,7 +124,7 @@ def test_running_statistics(bnrs: bool, way: str) -> None:
                 var[entry] = 0.9 * var[entry] + 0.1 * hidden.var(0, unbiased=True)
         means.append(mean)
         variances.append(var)
-    counters = torch.tensor([2] * steps) if bnrs else torch.tensor(2 * steps)
+    counters = placed(torch.tensor([2] * steps) if bnrs else torch.tensor(2 * steps))
     own = {n: b.clone() for n, b in model.named_buffers()}
     learner.backward(tasks, epoch=0)
     group = "per_step_statistics" if bnrs else "statistics"
@@ -157,7 +157,7 @@ def test_constant_buffers_stay_what_they_are(way: str) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(x) + self.table[:3]
 
-    model = Constants()
+    model = placed(Constants())
     before = {n: b.clone() for n, b in model.named_buffers()}
     tasks = torch.utils._pytree.tree_map(lambda t: torch.cat([t, t, t[:1]]), one_norm_tasks())
     make(model, F.cross_entropy, maml(inner_steps=1), way).backward(tasks)
@@ -208,8 +208,8 @@ def test_shapes_and_first_values_of_learned_rates() -> None:
     lslr = dict(MetaLearner(model, CONV.loss, maml(inner_steps=4, inner_lr=0.3, lslr=True)).named_parameters())
     per_element = dict(MetaLearner(model, CONV.loss, meta_sgd(inner_lr=0.3)).named_parameters())
     for name, p in model.named_parameters():
-        assert lslr[f"rates/{name}"].equal(torch.full((4,), 0.3))
-        assert per_element[f"rates/{name}"].equal(torch.full(p.shape, 0.3))
+        assert lslr[f"rates/{name}"].equal(placed(torch.full((4,), 0.3)))
+        assert per_element[f"rates/{name}"].equal(placed(torch.full(p.shape, 0.3)))
     constant = MetaLearner(model, CONV.loss, maml(inner_lr=0.3))
     assert not any(n.startswith("rates/") for n, _ in constant.named_parameters())
 

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from innerloop import Examples, Task, stack_tasks
 
 WAYS = 3
+_PLACE = ["cpu"]
+"""Where models and examples are made: the last."""
+
+
+@contextmanager
+def placed_on(device: str) -> Iterator[None]:
+    """Within it, models and examples are made on this device."""
+    _PLACE.append(device)
+    try:
+        yield
+    finally:
+        _PLACE.pop()
+
+
+def placed(tree: Any) -> Any:
+    """A nest of tensors, or a module, on that device."""
+    if isinstance(tree, nn.Module):
+        return tree.to(_PLACE[-1])
+    return pytree.tree_map_only(Tensor, lambda t: t.to(_PLACE[-1]), tree)
+
+
 NORM = (nn.BatchNorm2d, nn.BatchNorm1d, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -186,10 +209,10 @@ class Case:
                 if getattr(module, "running_var", None) is not None:
                     nn.init.uniform_(module.running_mean, -0.5, 0.5)
                     nn.init.uniform_(module.running_var, 0.5, 1.5)
-        return model
+        return model.to(_PLACE[-1])
 
     def examples(self, n: int) -> Examples:
-        return Examples(self.inputs(n), self.targets(n))
+        return placed(Examples(self.inputs(n), self.targets(n)))
 
     def tasks(self, size: int = 2, seed: int = 2) -> Task:
         """A meta-batch of random tasks; support and query sets of different sizes."""
