@@ -12,14 +12,12 @@ The formulas are those of ``convolution.py`` and ``norm_act_pool.py``; ``triton_
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def product(a: Any, b: Any, total: Any, DOT: tl.constexpr) -> Any:
+def product(a: tl.tensor, b: tl.tensor, total: tl.tensor, DOT: tl.constexpr) -> tl.tensor:
     """Total + a b, the factors rounded as DOT has it."""
     if DOT == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
@@ -29,12 +27,12 @@ def product(a: Any, b: Any, total: Any, DOT: tl.constexpr) -> Any:
 
 @triton.jit
 def add_convolution(
-    total: Any,
-    x: Any,
-    w: Any,
-    row: Any,
-    out: Any,
-    rows: Any,
+    total: tl.tensor,
+    x: tl.tensor,
+    w: tl.tensor,
+    row: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
     H: tl.constexpr,
     W: tl.constexpr,
     IN: tl.constexpr,
@@ -43,7 +41,7 @@ def add_convolution(
     PACKED: tl.constexpr,
     DOT: tl.constexpr,
     BK: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Total + the convolution of x with w at some rows and channels; BACK: with w turned around, by which dx comes."""
     h, v = row // W % H, row % W
     if PACKED:  # few input channels: taps and channels make one dimension
@@ -78,22 +76,22 @@ def add_convolution(
 
 @triton.jit
 def convolve(
-    x: Any,
-    w: Any,
-    also_x: Any,
-    also_w: Any,
-    bias: Any,
-    made: Any,
-    partials: Any,
-    z: Any,
-    mean: Any,
-    r: Any,
-    rows: Any,
-    x_t: Any,
-    w_t: Any,
-    also_x_t: Any,
-    also_w_t: Any,
-    bias_t: Any,
+    x: tl.tensor,
+    w: tl.tensor,
+    also_x: tl.tensor,
+    also_w: tl.tensor,
+    bias: tl.tensor,
+    made: tl.tensor,
+    partials: tl.tensor,
+    z: tl.tensor,
+    mean: tl.tensor,
+    r: tl.tensor,
+    rows: tl.tensor,
+    x_t: tl.tensor,
+    w_t: tl.tensor,
+    also_x_t: tl.tensor,
+    also_w_t: tl.tensor,
+    bias_t: tl.tensor,
     H: tl.constexpr,
     W: tl.constexpr,
     IN: tl.constexpr,
@@ -166,14 +164,14 @@ def convolve(
 
 @triton.jit
 def summed(
-    partials: Any,
-    c: Any,
+    partials: tl.tensor,
+    c: tl.tensor,
     which: tl.constexpr,
     PARTS: tl.constexpr,
     C: tl.constexpr,
     REAL: tl.constexpr,
     BP: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """What all programs left of one of the three sums, added up."""
     total = tl.zeros([c.shape[0]], REAL)
     for first in range(0, PARTS, BP):
@@ -185,20 +183,20 @@ def summed(
 
 @triton.jit
 def normalise(
-    z: Any,
-    partials: Any,
-    gamma: Any,
-    beta: Any,
-    y: Any,
-    mean: Any,
-    variance: Any,
-    r: Any,
-    pooled: Any,
-    place: Any,
-    rows: Any,
-    values: Any,
-    gamma_t: Any,
-    beta_t: Any,
+    z: tl.tensor,
+    partials: tl.tensor,
+    gamma: tl.tensor,
+    beta: tl.tensor,
+    y: tl.tensor,
+    mean: tl.tensor,
+    variance: tl.tensor,
+    r: tl.tensor,
+    pooled: tl.tensor,
+    place: tl.tensor,
+    rows: tl.tensor,
+    values: tl.tensor,
+    gamma_t: tl.tensor,
+    beta_t: tl.tensor,
     eps: tl.constexpr,
     slope: tl.constexpr,
     H: tl.constexpr,
@@ -274,25 +272,25 @@ def normalise(
 
 @triton.jit
 def sums(
-    dy: Any,
-    y: Any,
-    star: Any,
-    z_t: Any,
-    place: Any,
-    gamma: Any,
-    gamma_t: Any,
-    beta_t: Any,
-    mean: Any,
-    r: Any,
-    of_tangent: Any,
-    y_t: Any,
-    moments: Any,
-    partials: Any,
-    rows: Any,
-    values: Any,
-    gamma_far: Any,
-    gamma_t_far: Any,
-    beta_t_far: Any,
+    dy: tl.tensor,
+    y: tl.tensor,
+    star: tl.tensor,
+    z_t: tl.tensor,
+    place: tl.tensor,
+    gamma: tl.tensor,
+    gamma_t: tl.tensor,
+    beta_t: tl.tensor,
+    mean: tl.tensor,
+    r: tl.tensor,
+    of_tangent: tl.tensor,
+    y_t: tl.tensor,
+    moments: tl.tensor,
+    partials: tl.tensor,
+    rows: tl.tensor,
+    values: tl.tensor,
+    gamma_far: tl.tensor,
+    gamma_t_far: tl.tensor,
+    beta_t_far: tl.tensor,
     slope: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -373,25 +371,25 @@ def sums(
 
 @triton.jit
 def spread(
-    dy: Any,
-    y: Any,
-    z: Any,
-    z_t: Any,
-    place: Any,
-    gamma: Any,
-    gamma_t: Any,
-    mean: Any,
-    r: Any,
-    moments: Any,
-    partials: Any,
-    dz: Any,
-    dz_t: Any,
-    dgamma: Any,
-    dbeta: Any,
-    rows: Any,
-    values: Any,
-    gamma_far: Any,
-    gamma_t_far: Any,
+    dy: tl.tensor,
+    y: tl.tensor,
+    z: tl.tensor,
+    z_t: tl.tensor,
+    place: tl.tensor,
+    gamma: tl.tensor,
+    gamma_t: tl.tensor,
+    mean: tl.tensor,
+    r: tl.tensor,
+    moments: tl.tensor,
+    partials: tl.tensor,
+    dz: tl.tensor,
+    dz_t: tl.tensor,
+    dgamma: tl.tensor,
+    dbeta: tl.tensor,
+    rows: tl.tensor,
+    values: tl.tensor,
+    gamma_far: tl.tensor,
+    gamma_t_far: tl.tensor,
     slope: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -467,13 +465,13 @@ def spread(
 
 @triton.jit
 def add_weight_gradient(
-    total: Any,
-    dz: Any,
-    x: Any,
-    out: Any,
-    tap: Any,
-    c: Any,
-    rows: Any,
+    total: tl.tensor,
+    dz: tl.tensor,
+    x: tl.tensor,
+    out: tl.tensor,
+    tap: tl.tensor,
+    c: tl.tensor,
+    rows: tl.tensor,
     H: tl.constexpr,
     W: tl.constexpr,
     IN: tl.constexpr,
@@ -481,7 +479,7 @@ def add_weight_gradient(
     TURNS: tl.constexpr,
     DOT: tl.constexpr,
     BK: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Total + the sum over rows of dz at channels ``out`` with x at channels c, ``tap`` away (one, or one a c)."""
     dh, dv = tap // 3 - 1, tap % 3 - 1
     split, splits = tl.program_id(1), tl.num_programs(1)
@@ -500,14 +498,14 @@ def add_weight_gradient(
 
 @triton.jit
 def weight_gradient(
-    dz: Any,
-    x: Any,
-    also_dz: Any,
-    also_x: Any,
-    made: Any,
-    rows: Any,
-    x_t: Any,
-    also_x_t: Any,
+    dz: tl.tensor,
+    x: tl.tensor,
+    also_dz: tl.tensor,
+    also_x: tl.tensor,
+    made: tl.tensor,
+    rows: tl.tensor,
+    x_t: tl.tensor,
+    also_x_t: tl.tensor,
     H: tl.constexpr,
     W: tl.constexpr,
     IN: tl.constexpr,
@@ -547,7 +545,7 @@ def weight_gradient(
 
 
 @triton.jit
-def add_splits(parts: Any, made: Any, size: Any, SPLITS: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def add_splits(parts: tl.tensor, made: tl.tensor, size: tl.tensor, SPLITS: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr) -> None:
     """Made = the sum of what the splits of a weight gradient found."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     far = tl.program_id(1).to(tl.int64)

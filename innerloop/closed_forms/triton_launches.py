@@ -17,7 +17,7 @@ FEW_CHANNELS = 8
 ENOUGH_PROGRAMS = 256
 """To fill a GPU of some 130 processors."""
 
-ROWS = 64
+ROWS = 32
 """In a tile of a pass that multiplies no matrices."""
 
 Pair = tuple[Tensor, Tensor]
