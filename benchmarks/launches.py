@@ -89,7 +89,9 @@ def main() -> None:
     counts = step(parser.parse_args().filters)
     for name, count in counts.most_common():
         print(f"{count:6} {name}")
-    print(f"{counts.total():6} launches in all, {sum(c for n, c in counts.items() if n.startswith('Triton'))} of Triton's")
+    print(
+        f"{counts.total():6} launches in all, {sum(c for n, c in counts.items() if n.startswith('Triton'))} of Triton's"
+    )
 
 
 if __name__ == "__main__":

@@ -93,14 +93,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
     parser.add_argument("--dot", choices=["tf32", "tf32x3", "ieee"], default="tf32")
-    parser.add_argument("--blocks", type=int, default=len(BLOCKS), help="the first so many blocks alone")
+    parser.add_argument("--only", type=int, choices=range(len(BLOCKS)), help="one block alone, by its number")
     arguments = parser.parse_args()
     dot = "ieee" if arguments.dtype == "float64" else arguments.dot
     print(f"triton {triton.__version__}, {arguments.dtype}, products in {dot}, {TASKS} tasks of {IMAGES} images")
     seen: dict[str, str] = {}
     for number, (what, started) in enumerate(launches(getattr(torch, arguments.dtype), dot)):
-        if number // 3 >= arguments.blocks:
-            break
+        if arguments.only not in (None, number // 3):
+            continue
         print(f"{what}: {len(started)} launches")
         for kernel, grid, given, constants in started:
             ast = source(kernel, given, constants)

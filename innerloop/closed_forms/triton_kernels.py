@@ -545,7 +545,9 @@ def weight_gradient(
 
 
 @triton.jit
-def add_splits(parts: tl.tensor, made: tl.tensor, size: tl.tensor, SPLITS: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def add_splits(
+    parts: tl.tensor, made: tl.tensor, size: tl.tensor, SPLITS: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
     """Made = the sum of what the splits of a weight gradient found."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     far = tl.program_id(1).to(tl.int64)

@@ -19,6 +19,10 @@ ENOUGH_PROGRAMS = 256
 
 ROWS = 32
 """In a tile of a pass that multiplies no matrices."""
+ROWS_OF_PRODUCT, FEW_ROWS_OF_PRODUCT = 64, 32
+"""In a tile of a convolution; the second where there would be too few programs."""
+ROWS_OF_SUM, ROWS_OF_SPLIT = 64, 256
+"""In a tile of a weight gradient, which sums over rows, and at least in each part where that is split."""
 
 Pair = tuple[Tensor, Tensor]
 
@@ -171,7 +175,7 @@ def _convolution(
     packed = inputs <= FEW_CHANNELS and not back
     few = tasks * _parts(values, 64) * _parts(channels, 64) < ENOUGH_PROGRAMS
     tiles = {
-        "BM": 32 if few else 64,
+        "BM": FEW_ROWS_OF_PRODUCT if few else ROWS_OF_PRODUCT,
         "BN": _power(channels, 32 if few else 64),
         "BK": _power(9 * inputs if packed else inputs, 32),
     }
@@ -196,10 +200,14 @@ def _weight_gradient(w: Tensor, first: Pair, also: Pair | None, dot: str) -> Ten
     tasks, _, outputs, height, width = dz.shape
     inputs, values = x.shape[2], _rows_of(dz)
     packed = inputs <= FEW_CHANNELS
-    tiles = {"BM": _power(outputs, 32), "BN": _power(9 * inputs if packed else inputs, 32 if packed else 64), "BK": 64}
+    tiles = {
+        "BM": _power(outputs, 32),
+        "BN": _power(9 * inputs if packed else inputs, 32 if packed else 64),
+        "BK": ROWS_OF_SUM,
+    }
     columns = _parts(9 * inputs, tiles["BN"]) if packed else 9 * _parts(inputs, tiles["BN"])
     blocks = _parts(outputs, tiles["BM"]) * columns
-    splits = max(1, min(ENOUGH_PROGRAMS // (blocks * tasks), _parts(values, 4 * tiles["BK"])))
+    splits = max(1, min(ENOUGH_PROGRAMS // (blocks * tasks), _parts(values, ROWS_OF_SPLIT)))
     size = outputs * 9 * inputs
     made = rows(w, w.shape)
     parts = made if splits == 1 else made.new_empty(tasks, splits, size)
