@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from innerloop import together
 from innerloop.model_state import ModelState, Randomness
 from innerloop.norm_layers import Modes
 from innerloop.precision import Bfloat16Convolutions, MixedBatchNorm, Precision
@@ -90,7 +91,7 @@ class Network:
         Raises:
             TypeError: the loss function returned something other than a real scalar tensor.
         """
-        buffers = {name: b.clone() for name, b in buffers.items()}
+        buffers = together.copies(buffers)
         # A transform refuses changes in place by itself, and would have the copies as its own tensors.
         targets = examples.targets if torch._C._are_functorch_transforms_active() else own_copies(examples.targets)
         with self.state.exchanged(parameters, buffers):

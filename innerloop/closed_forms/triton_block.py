@@ -36,12 +36,17 @@ def usable(*tensors: Tensor) -> bool:
     """Whether the kernels can work on these: float32 or float64 on a GPU (interpreted, on a CPU), with Triton there."""
     x = tensors[0]
     return (
-        (x.device.type == "cuda" or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"))
+        on_gpu(x)
         and os.environ.get("INNERLOOP_KERNELS") != "0"
         and x.dtype in (torch.float32, torch.float64)
         and all(t.dtype == x.dtype and t.device == x.device for t in tensors)
         and find_spec("triton") is not None
     )
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether it is on a GPU, or on a CPU in a GPU's place."""
+    return x.device.type == "cuda" or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def products(dtype: torch.dtype) -> str:
@@ -103,10 +108,10 @@ class TaskBlock(Operation):
         p, (dy,) = self._with_tasks(point), self._with_tasks([dy])
         by_x, by_w, *_ = wanted
         found = iter(self._without(_gradient(p, dy, by_x, by_w, self.negative_slope, self.pool, self.dot)))
-        dgamma, dbeta = next(found), next(found)
+        dgamma, dbeta, db = (next(found) for _ in range(3))
         dx = next(found) if by_x else None
         dw = next(found) if by_w else None
-        return dx, dw, torch.zeros_like(dbeta) if wanted[2] else None, dgamma, dbeta
+        return dx, dw, db, dgamma, dbeta
 
     def second_order(
         self, point: Sequence[Tensor], dy: Tensor | None, direction: Direction, wanted: Sequence[bool]
@@ -184,7 +189,7 @@ def _gradient(
 @_gradient.register_fake
 def _(point: list[Tensor], dy: Tensor, by_x: bool, by_w: bool, slope: float, pool: int, dot: str) -> list[Tensor]:
     p = Point(*point)
-    found = [torch.empty_like(p.r), torch.empty_like(p.r)]
+    found = [torch.empty_like(p.r) for _ in range(3)]
     return [*found, *([rows(p.x, p.x.shape)] if by_x else []), *([rows(p.w, p.w.shape)] if by_w else [])]
 
 

@@ -386,6 +386,7 @@ def spread(
     dz_t: tl.tensor,
     dgamma: tl.tensor,
     dbeta: tl.tensor,
+    dbias: tl.tensor,
     rows: tl.tensor,
     values: tl.tensor,
     gamma_far: tl.tensor,
@@ -435,6 +436,7 @@ def spread(
     elif program == 0:
         tl.store(dgamma + task * C + c, values * s2, mask=known)
         tl.store(dbeta + task * C + c, values * s1, mask=known)
+        tl.store(dbias + task * C + c, tl.zeros([BN], REAL), mask=known)
     HP: tl.constexpr = H // POOL
     WP: tl.constexpr = W // POOL
     for i in range(TURNS):

@@ -53,13 +53,12 @@ def value(
 
 
 def gradient(p: Point, dy: Tensor, by_x: bool, by_w: bool, slope: float, pool: int, dot: str) -> list[Tensor]:
-    """dgamma, dbeta, and where they are wanted dx and dw."""
+    """dgamma, dbeta, db, and where they are wanted dx and dw."""
     back = _Back(p.dense(_dense), _dense(dy), slope, pool)
     dz = rows(p.z, p.z.shape)
-    dgamma, dbeta = (p.r.new_empty(p.r.shape) for _ in range(2))
+    found = [p.r.new_empty(p.r.shape) for _ in range(3)]
     partials, *_ = back.sums()
-    back.spread(partials, dz, dgamma, dbeta)
-    found = [dgamma, dbeta]
+    back.spread(partials, dz, found)
     if by_x:
         found.append(rows(p.x, p.x.shape))
         _convolution(found[-1], (dz, p.w), None, dot, back=True)
@@ -90,7 +89,7 @@ def second_order(
         return found
     dz, dz_t = (rows(p.z, p.z.shape) for _ in range(2))
     found.append(p.r.new_empty(p.r.shape))
-    back.spread(partials, dz, found[-1], found[-1], tangent, dz_t, moments)
+    back.spread(partials, dz, [found[-1]] * 3, tangent, dz_t, moments)
     if by_x:
         found.append(rows(p.x, p.x.shape))
         _convolution(found[-1], (dz_t, p.w), None if w_t is None else (dz, w_t), dot, back=True)
@@ -135,19 +134,18 @@ class _Back(NamedTuple):
         self,
         partials: Tensor,
         dz: Tensor,
-        dgamma: Tensor,
-        dbeta: Tensor,
+        of_channels: Sequence[Tensor],
         tangent: _Tangent | None = None,
         dz_t: Tensor | None = None,
         moments: Tensor | None = None,
     ) -> None:
-        """The gradient by z; along a tangent its change too, and dgamma. in the place of dgamma."""
+        """The gradient by z, and by gamma, beta and b; along a tangent the first's change too, and dgamma. alone."""
         p = self.p
         grid, tiles = _tiles(p.z.shape[0], _rows_of(p.z), p.z.shape[2], p.z.dtype)
         (gamma, gamma_far), (g_t, g_far) = _vector(p.gamma), _vector(tangent and tangent.gamma)
         launch(
             triton_kernels.spread, grid, self.dy, p.y, p.z, p.z if tangent is None else tangent.z, p.place, gamma,
-            _any(g_t, gamma), p.mean, p.r, _any(moments, p.r), partials, dz, _any(dz_t, dz), dgamma, dbeta,
+            _any(g_t, gamma), p.mean, p.r, _any(moments, p.r), partials, dz, _any(dz_t, dz), *of_channels,
             _rows_of(p.y), _rows_of(p.z), gamma_far, g_far, **self._constants(), PARTS=partials.shape[1],
             SECOND=tangent is not None, GAMMA_T=g_t is not None, **tiles,
         )  # fmt: skip

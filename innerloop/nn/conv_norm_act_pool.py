@@ -47,8 +47,7 @@ class ConvNormActPool(nn.Sequential):
         if _by_tasks(x, conv, norm):
             assert conv.bias is not None
             settings = (norm.eps, norm.negative_slope, norm.pool or 1, triton_block.products(x.dtype))
-            # What follows does not depend on the bias, and a detached one takes no part in any derivative.
-            inputs = x, conv.weight, conv.bias.detach()
+            inputs = x, conv.weight, conv.bias
             return norm.normalised(closed_forms.TaskBlock(*settings), *inputs, values=x.numel() // x.shape[1])
         if norm.pool is None or not _as_one(x, conv, norm):
             y: Tensor = norm(conv(x))
