@@ -45,11 +45,10 @@ def launches(dtype: torch.dtype, dot: str) -> Iterator[tuple[str, list[Launch]]]
             x, w = rows(images, (TASKS, IMAGES, channels, size, size)), rows(images, (TASKS, FILTERS, channels, 3, 3))
             b = gamma = beta = images.new_empty(TASKS, FILTERS)
             first = channels == 1
-            y, *kept = triton_launches.value(x, w, b, gamma, beta, 1e-5, 0.01, 2, dot)
+            y, *kept = triton_launches.value(x, w, b, gamma, beta, gamma, beta, 1e-5, 0.01, 2, dot, 0.1)
             yield f"{channels} -> {FILTERS}, {size}x{size}: value", made[:]
             made.clear()
-            mean, variance, r, z, pooled, place = kept
-            point = Point(x, w, b, gamma, beta, y, mean, variance, r, z, pooled, place)
+            point = Point(x, w, b, gamma, beta, y, *kept)
             triton_launches.gradient(point, y, not first, True, 0.01, 2, dot)
             yield f"{channels} -> {FILTERS}, {size}x{size}: gradient", made[:]
             made.clear()

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from innerloop import together
+from innerloop.closed_forms.cross_entropy import FusedCrossEntropy
 from innerloop.model_state import ModelState, Randomness
 from innerloop.norm_layers import Modes
 from innerloop.precision import Bfloat16Convolutions, MixedBatchNorm, Precision
@@ -96,7 +97,8 @@ class Network:
         targets = examples.targets if torch._C._are_functorch_transforms_active() else own_copies(examples.targets)
         with self.state.exchanged(parameters, buffers):
             outputs = self._called(examples.inputs)
-            loss = self.loss_function(outputs, targets)
+            with FusedCrossEntropy():
+                loss = self.loss_function(outputs, targets)
         if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
             found = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(

@@ -66,7 +66,8 @@ class Point(NamedTuple):
     beta: Tensor
     y: Tensor
     mean: Tensor
-    variance: Tensor
+    moved_mean: Tensor
+    moved_variance: Tensor
     r: Tensor
     z: Tensor
     pooled: Tensor
@@ -79,13 +80,16 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskBlock(Operation):
-    """``(x, w, b, gamma, beta) -> y``; x ``[n, c, h, w]``, w ``[C, c, 3, 3]``, padded by 1.
+    """``(x, w, b, gamma, beta, running mean, running variance) -> y``; x ``[n, c, h, w]``, w ``[C, c, 3, 3]``.
+
+    The convolution is padded by 1. Running statistics are constants and may be ``None`` or missing; where they have moved to is kept.
 
     Attributes:
         eps: added to the variance.
         negative_slope: of the leaky ReLU, at least 0.
         pool: window and stride of the max-pooling; 1 for none.
         dot: precision of the matrix products, see ``products``.
+        momentum: how far running statistics move.
         of_tasks: whether every tensor has a first dimension of tasks.
     """
 
@@ -93,33 +97,41 @@ class TaskBlock(Operation):
     negative_slope: float
     pool: int
     dot: str
+    momentum: float = 0.1
     of_tasks: bool = False
 
-    channels: ClassVar[tuple[int, ...]] = (1, 0, 0, 0, 0)
-    curved: ClassVar[tuple[bool, ...]] = (True, True, False, True, False)
+    channels: ClassVar[tuple[int, ...]] = (1, 0, 0, 0, 0, 0, 0)
+    curved: ClassVar[tuple[bool, ...]] = (True, True, False, True, False, False, False)
 
-    def value(self, x: Tensor, w: Tensor, b: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
-        """y, then mean, variance and r of each channel, z, and the pooled z and its places (empty without pooling)."""
-        given = self._with_tasks((x, w, b, gamma, beta))
-        return tuple(self._without(_value(*given, self.eps, self.negative_slope, self.pool, self.dot)))
+    def apply(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        """The output with what was kept."""
+        return super().apply(*inputs, *[None] * (len(self.channels) - len(inputs)))
+
+    def value(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        """y, then of each channel the mean, the moved statistics (without running ones, the batch's own) and r.
+
+        Last z, and the pooled z and its places (empty without pooling).
+        """
+        settings = (self.eps, self.negative_slope, self.pool, self.dot, self.momentum)
+        return tuple(self._without(_value(*self._with_tasks(inputs), *settings)))
 
     def gradient(self, point: Sequence[Tensor], dy: Tensor, wanted: Sequence[bool]) -> Direction:
         """J^T dy."""
-        p, (dy,) = self._with_tasks(point), self._with_tasks([dy])
+        p, (dy,) = self._point(point), self._with_tasks([dy])
         by_x, by_w, *_ = wanted
         found = iter(self._without(_gradient(p, dy, by_x, by_w, self.negative_slope, self.pool, self.dot)))
         dgamma, dbeta, db = (next(found) for _ in range(3))
         dx = next(found) if by_x else None
         dw = next(found) if by_w else None
-        return dx, dw, db, dgamma, dbeta
+        return dx, dw, db, dgamma, dbeta, None, None
 
     def second_order(
         self, point: Sequence[Tensor], dy: Tensor | None, direction: Direction, wanted: Sequence[bool]
     ) -> Direction:
         """Tangent and curvature."""
-        p = self._with_tasks(point)
-        x_t, w_t, _, gamma_t, beta_t = (None if t is None else self._with_tasks([t])[0] for t in direction)
-        dy = None if dy is None else self._with_tasks([dy])[0]
+        p = self._point(point)
+        x_t, w_t, _, gamma_t, beta_t, *_ = self._with_tasks(direction)
+        (dy,) = self._with_tasks([dy])
         _, by_x, by_w, *_ = wanted
         settings = (self.negative_slope, self.pool, self.dot)
         found = iter(self._without(_second_order(p, dy, x_t, w_t, gamma_t, beta_t, by_x, by_w, *settings)))
@@ -127,9 +139,8 @@ class TaskBlock(Operation):
         dgamma_t = next(found) if dy is not None else None
         dx_t = next(found) if dy is not None and by_x else None
         dw_t = next(found) if dy is not None and by_w else None
-        b, beta = Point(*point).b, Point(*point).beta
-        zeros = [torch.zeros_like(t) if w else None for t, w in zip((b, beta), (wanted[3], wanted[5]), strict=True)]
-        return y_t, dx_t, dw_t, zeros[0], dgamma_t, zeros[1]
+        db_t, dbeta_t = (torch.zeros_like(point[i]) if wanted[1 + i] else None for i in (2, 4))
+        return y_t, dx_t, dw_t, db_t, dgamma_t, dbeta_t, None, None
 
     def repeated(self, times: int) -> None:
         """Tasks are no channels here."""
@@ -139,8 +150,12 @@ class TaskBlock(Operation):
         """The same, of tasks; tasks of tasks there are not."""
         return None if self.of_tasks else replace(self, of_tasks=True)
 
-    def _with_tasks(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return list(tensors) if self.of_tasks else [t.unsqueeze(0) for t in tensors]
+    def _point(self, point: Sequence[Tensor]) -> list[Any]:
+        """Without the running statistics."""
+        return self._with_tasks([*point[:5], *point[7:]])
+
+    def _with_tasks(self, tensors: Sequence[Tensor | None]) -> list[Any]:
+        return list(tensors) if self.of_tasks else [None if t is None else t.unsqueeze(0) for t in tensors]
 
     def _without(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return list(tensors) if self.of_tasks else [t.squeeze(0) for t in tensors]
@@ -152,23 +167,45 @@ class TaskBlock(Operation):
 @torch.library.custom_op(
     "innerloop::block_value",
     mutates_args=(),
-    schema="(Tensor x, Tensor w, Tensor b, Tensor gamma, Tensor beta, float eps, float slope, int pool, str dot)"
-    " -> Tensor[]",
+    schema="(Tensor x, Tensor w, Tensor b, Tensor gamma, Tensor beta, Tensor? running_mean,"
+    " Tensor? running_variance, float eps, float slope, int pool, str dot, float momentum) -> Tensor[]",
 )
 def _value(
-    x: Tensor, w: Tensor, b: Tensor, gamma: Tensor, beta: Tensor, eps: float, slope: float, pool: int, dot: str
+    x: Tensor,
+    w: Tensor,
+    b: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor | None,
+    running_variance: Tensor | None,
+    eps: float,
+    slope: float,
+    pool: int,
+    dot: str,
+    momentum: float,
 ) -> list[Tensor]:
     from innerloop.closed_forms import triton_launches
 
-    return triton_launches.value(x, w, b, gamma, beta, eps, slope, pool, dot)
+    return triton_launches.value(x, w, b, gamma, beta, running_mean, running_variance, eps, slope, pool, dot, momentum)
 
 
 @_value.register_fake
 def _(
-    x: Tensor, w: Tensor, b: Tensor, gamma: Tensor, beta: Tensor, eps: float, slope: float, pool: int, dot: str
+    x: Tensor,
+    w: Tensor,
+    b: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor | None,
+    running_variance: Tensor | None,
+    eps: float,
+    slope: float,
+    pool: int,
+    dot: str,
+    momentum: float,
 ) -> list[Tensor]:
     full, small = shapes(x, w, pool)
-    of_channels = [x.new_empty(full[0], full[2]) for _ in range(3)]
+    of_channels = [x.new_empty(full[0], full[2]) for _ in range(4)]
     kept = small if pool > 1 else (0,) * 5
     return [rows(x, small), *of_channels, rows(x, full), rows(x, kept), rows(x, kept, torch.uint8)]
 

@@ -187,9 +187,12 @@ def normalise(
     partials: tl.tensor,
     gamma: tl.tensor,
     beta: tl.tensor,
+    running_mean: tl.tensor,
+    running_variance: tl.tensor,
     y: tl.tensor,
     mean: tl.tensor,
-    variance: tl.tensor,
+    moved_mean: tl.tensor,
+    moved_variance: tl.tensor,
     r: tl.tensor,
     pooled: tl.tensor,
     place: tl.tensor,
@@ -197,6 +200,10 @@ def normalise(
     values: tl.tensor,
     gamma_t: tl.tensor,
     beta_t: tl.tensor,
+    running_mean_t: tl.tensor,
+    running_variance_t: tl.tensor,
+    RUNNING: tl.constexpr,
+    momentum: tl.constexpr,
     eps: tl.constexpr,
     slope: tl.constexpr,
     H: tl.constexpr,
@@ -210,7 +217,7 @@ def normalise(
     BN: tl.constexpr,
     BP: tl.constexpr,
 ) -> None:
-    """The statistics from the sums over ``values`` rows, and y at ``rows`` of the pooled map."""
+    """Statistics from the sums over ``values`` rows, running ones moved, and y at ``rows`` of the pooled map."""
     program, programs, task = tl.program_id(0), tl.num_programs(0), tl.program_id(2)
     far = task.to(tl.int64)
     c = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -243,7 +250,15 @@ def normalise(
     scale = 1.0 / tl.sqrt(spread + eps)
     if program == 0:
         tl.store(mean + task * C + c, centre, mask=known)
-        tl.store(variance + task * C + c, spread, mask=known)
+        middle = centre
+        variance = spread * (values / tl.maximum(values - 1, 1).to(REAL))  # the unbiased one
+        if RUNNING:
+            before = tl.load(running_mean + far * running_mean_t + c, mask=known, other=0.0)
+            middle = before * (1 - momentum) + middle * momentum
+            before = tl.load(running_variance + far * running_variance_t + c, mask=known, other=0.0)
+            variance = before * (1 - momentum) + variance * momentum
+        tl.store(moved_mean + task * C + c, middle, mask=known)
+        tl.store(moved_variance + task * C + c, variance, mask=known)
         tl.store(r + task * C + c, scale, mask=known)
     factor = tl.load(gamma + far * gamma_t + c, mask=known, other=0.0)
     shift = tl.load(beta + far * beta_t + c, mask=known, other=0.0)
@@ -557,3 +572,64 @@ def add_splits(
     for split in range(SPLITS):
         total += tl.load(parts + (far * SPLITS + split) * size + at, mask=at < size, other=0.0)
     tl.store(made + far * size + at, total, mask=at < size)
+
+
+@triton.jit
+def cross_entropy(
+    logits: tl.tensor,
+    classes: tl.tensor,
+    dy: tl.tensor,
+    along: tl.tensor,
+    loss: tl.tensor,
+    made: tl.tensor,
+    ignored: tl.constexpr,
+    rows: tl.constexpr,
+    C: tl.constexpr,
+    ORDER: tl.constexpr,
+    REAL: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+) -> None:
+    """Of a task the loss (ORDER 0), its gradient (1), or its tangent and the gradient's change (2)."""
+    far = tl.program_id(0).to(tl.int64)
+    logits += far * rows * C
+    along += far * rows * C
+    made += far * rows * C
+    classes += far * rows
+    c = tl.arange(0, BN)
+    counted = tl.zeros([BM], REAL)
+    for i in range((rows + BM - 1) // BM):
+        row = i * BM + tl.arange(0, BM)
+        counted += tl.where(
+            (row < rows) & (tl.load(classes + row, mask=row < rows, other=ignored) != ignored), 1.0, 0.0
+        )
+    share = 1.0 / tl.sum(counted, 0)
+    found = tl.zeros([BM], REAL)
+    for i in range((rows + BM - 1) // BM):
+        row = i * BM + tl.arange(0, BM)
+        here = (row < rows)[:, None] & (c < C)[None, :]
+        at = row[:, None] * C + c[None, :]
+        which = tl.load(classes + row, mask=row < rows, other=ignored)
+        counts = (row < rows) & (which != ignored)
+        values = tl.load(logits + at, mask=here, other=float("-inf"))
+        values = tl.where((row < rows)[:, None], values, 0.0)
+        most = tl.max(values, 1)
+        powers = tl.exp(values - most[:, None])
+        total = tl.sum(powers, 1)
+        p = powers / total[:, None]
+        e = tl.where(c[None, :] == which[:, None], 1.0, 0.0).to(REAL)
+        if ORDER == 0:
+            of_class = tl.sum(tl.where(c[None, :] == which[:, None], values, 0.0), 1)
+            lost = tl.where((which >= 0) & (which < C), most + tl.log(total) - of_class, float("nan"))
+            found += tl.where(counts, lost, 0.0)
+        else:
+            scale = share * tl.load(dy + far)
+            if ORDER == 1:
+                change = scale * (p - e)
+            else:
+                step = tl.load(along + at, mask=here, other=0.0)
+                found += tl.where(counts, tl.sum((p - e) * step, 1), 0.0)
+                change = scale * p * (step - tl.sum(p * step, 1)[:, None])
+            tl.store(made + at, tl.where(counts[:, None], change, 0.0), mask=here)
+    if ORDER != 1:
+        tl.store(loss + far, tl.sum(found, 0) * share)

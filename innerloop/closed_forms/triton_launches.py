@@ -33,23 +33,37 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 
 def value(
-    x: Tensor, w: Tensor, b: Tensor, gamma: Tensor, beta: Tensor, eps: float, slope: float, pool: int, dot: str
+    x: Tensor,
+    w: Tensor,
+    b: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor | None,
+    running_variance: Tensor | None,
+    eps: float,
+    slope: float,
+    pool: int,
+    dot: str,
+    momentum: float,
 ) -> list[Tensor]:
-    """y, mean, variance, r, z, pooled z, places."""
+    """y, mean, moved mean and variance, r, z, pooled z, places."""
     full, small = shapes(x, w, pool)
     y, z = rows(x, small), rows(x, full)
-    mean, variance, r = (x.new_empty(full[0], full[2]) for _ in range(3))
+    mean, moved_mean, moved_variance, r = (x.new_empty(full[0], full[2]) for _ in range(4))
     kept = small if pool > 1 else (0,) * 5
     pooled, place = rows(x, kept), rows(x, kept, torch.uint8)
     partials = _convolution(z, (x, w), None, dot, bias=b, sums=1)
     (gamma, gamma_far), (beta, beta_far) = _vector(gamma), _vector(beta)
+    (old_mean, mean_far), (old_variance, variance_far) = _vector(running_mean), _vector(running_variance)
     grid, tiles = _tiles(full[0], _rows_of(y), full[2], z.dtype)
     launch(
-        triton_kernels.normalise, grid, z, partials, gamma, beta, y, mean, variance, r, pooled, place,
-        _rows_of(y), _rows_of(z), gamma_far, beta_far,
-        eps=eps, slope=slope, H=full[3], W=full[4], C=full[2], POOL=pool, PARTS=partials.shape[1], **tiles,
+        triton_kernels.normalise, grid, z, partials, gamma, beta, _any(old_mean, mean), _any(old_variance, r), y,
+        mean, moved_mean, moved_variance, r, pooled, place,
+        _rows_of(y), _rows_of(z), gamma_far, beta_far, mean_far, variance_far,
+        RUNNING=old_mean is not None, momentum=momentum, eps=eps, slope=slope, H=full[3], W=full[4], C=full[2], POOL=pool,
+        PARTS=partials.shape[1], **tiles,
     )  # fmt: skip
-    return [y, mean, variance, r, z, pooled, place]
+    return [y, mean, moved_mean, moved_variance, r, z, pooled, place]
 
 
 def gradient(p: Point, dy: Tensor, by_x: bool, by_w: bool, slope: float, pool: int, dot: str) -> list[Tensor]:
@@ -96,6 +110,25 @@ def second_order(
     if by_w:
         found.append(_weight_gradient(p.w, (dz_t, p.x), None if x_t is None else (dz, x_t), dot))
     return found
+
+
+def cross_entropy(
+    logits: Tensor,
+    classes: Tensor,
+    dy: Tensor | None,
+    along: Tensor | None,
+    loss: Tensor | None,
+    made: Tensor | None,
+    ignored: int,
+    order: int,
+) -> None:
+    """The loss, its gradient, or the second order, into ``loss`` and ``made``."""
+    tasks, count, width = logits.shape
+    given = (_any(t, logits) for t in (dy, along, loss, made))
+    launch(
+        triton_kernels.cross_entropy, (tasks,), logits, classes, *given, ignored=ignored, rows=count, C=width,
+        ORDER=order, REAL=_REALS[logits.dtype], BM=16, BN=_power(width, 1 << 30),
+    )  # fmt: skip
 
 
 class _Tangent(NamedTuple):

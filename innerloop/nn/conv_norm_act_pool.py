@@ -45,16 +45,31 @@ class ConvNormActPool(nn.Sequential):
         """
         conv, norm = cast(tuple[nn.Conv2d, NormActPool], tuple(self))
         if _by_tasks(x, conv, norm):
-            assert conv.bias is not None
-            settings = (norm.eps, norm.negative_slope, norm.pool or 1, triton_block.products(x.dtype))
-            inputs = x, conv.weight, conv.bias
-            return norm.normalised(closed_forms.TaskBlock(*settings), *inputs, values=x.numel() // x.shape[1])
+            return _of_tasks(x, conv, norm)
         if norm.pool is None or not _as_one(x, conv, norm):
             y: Tensor = norm(conv(x))
             return y
         fused = closed_forms.ConvNormActPool(norm.eps, norm.negative_slope, norm.pool)
         assert conv.bias is not None
         return norm.normalised(fused, x, conv.weight, conv.bias, values=x.numel() // x.shape[1])
+
+
+def _of_tasks(x: Tensor, conv: nn.Conv2d, norm: NormActPool) -> Tensor:
+    """The block by Triton's kernels, which move the running statistics too."""
+    values = x.numel() // x.shape[1]
+    if values == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    *running, momentum = norm.running_statistics()
+    dot = triton_block.products(x.dtype)
+    op = closed_forms.TaskBlock(norm.eps, norm.negative_slope, norm.pool or 1, dot, momentum)
+    y, _, *moved = op.apply(x, conv.weight, conv.bias, norm.weight, norm.bias, *running)[:4]
+    if running[0] is not None:
+        if torch._C._are_functorch_transforms_active():  # where buffers are copies, that others may take the place of
+            norm.running_mean, norm.running_var = moved
+        else:
+            for buffer, value in zip(running, moved, strict=True):
+                cast(Tensor, buffer).copy_(value)
+    return y
 
 
 def _fit(x: Tensor, conv: nn.Conv2d, norm: NormActPool) -> bool:
@@ -76,6 +91,7 @@ def _by_tasks(x: Tensor, conv: nn.Conv2d, norm: NormActPool) -> bool:
     of_filters = (conv.bias, norm.weight, norm.bias)
     return (
         conv.bias is not None
+        and norm.momentum is not None
         and triton_block.usable(x, conv.weight, *(t for t in of_filters if t is not None))
         and not rounds_convolutions()
         and _fit(x, conv, norm)
