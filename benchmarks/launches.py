@@ -71,7 +71,7 @@ def step(filters: int = 64, tasks: int = 8, ways: int = 20) -> Counter[str]:
     torch.manual_seed(0)
     model = Conv4(ways, filters=filters).to(memory_format=torch.channels_last)
     learner = MetaLearner(model, F.cross_entropy, maml_plus_plus(da=False), "mixed", parallel="vmap")
-    images, labels = torch.randn(tasks, ways, 1, 28, 28), torch.arange(ways).expand(tasks, ways)
+    images, labels = torch.randn(tasks, ways, 1, 28, 28), torch.arange(ways).repeat(tasks, 1)
     batch: tuple[tuple[Tensor, Tensor], ...] = ((images, labels), (images, labels))
     interpreted = os.environ.pop("TRITON_INTERPRET", None)
     learner.task_gradients(batch, 0.0)  # the model is looked at in the first

@@ -197,13 +197,11 @@ class InnerLoop:
     def _packed_update(self, theta: Tensors, state: State, g: Tensors, rates: Tensors, k: int) -> tuple[Tensors, State]:
         """``update`` of all parameters end to end."""
         # Of LSLR's rates those of step k are taken at once, so that the derivative puts them back at once.
-        scalars = (
-            torch.stack([rates[n] for n in theta])[:, min(k, len(rates[next(iter(theta))]) - 1)] if self.lslr else None
-        )
-        alphas = [
-            learning_rates.at_step(rates, n, k, self.lslr) if scalars is None else scalars[i]
-            for i, n in enumerate(theta)
-        ]
+        if self.lslr:
+            stacked = torch.stack([rates[n] for n in theta], dim=1)
+            alphas = stacked[min(k, len(stacked) - 1)].unbind()
+        else:
+            alphas = tuple(rates[n] for n in theta)
         alpha = together.packed([a.expand(t.shape) for a, t in zip(alphas, theta.values(), strict=True)])
         slots = tuple(together.packed([state[n][i] for n in theta]) for i in range(self.rule.slots))
         moved, slots = self.rule.step(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from innerloop import learning_rates, norm_layers, per_step
+from innerloop import learning_rates, norm_layers, per_step, together
 from innerloop.engines.compiled import Compiled
 from innerloop.explanations import UnsuitableModelError, check_loss, check_model, explained
 from innerloop.inner_loop import InnerLoop, MetaParameters
@@ -447,7 +447,8 @@ class MetaLearner:
             )
             self._vmap = False
             return looped
-        return result._replace(gradient=pytree.tree_map(lambda t: t.sum(0), result.gradient))
+        gradients, nest = pytree.tree_flatten(result.gradient)
+        return result._replace(gradient=pytree.tree_unflatten(together.summed(gradients), nest))
 
     def trajectory(self, support: Examples | tuple[Any, Any], steps: int | None = None) -> Iterator[FastWeights]:
         """theta^0 .. theta^steps on a support set, in evaluation mode; ``predict`` calls the model with one of them.

@@ -252,7 +252,7 @@ def _adjoint_walk(
             record.outputs = made.outputs
             total = total + weight * made.query_loss
 
-    adjoint: Tensors = {n: torch.zeros_like(t) for n, t in theta.items()}
+    adjoint = together.each(torch.zeros_like, theta)
     adjoint_state: State = {n: tuple(torch.zeros_like(s) for s in slots) for n, slots in state.items()}
     rate_gradient: Tensors = {}
     psi_gradients: list[Tensors] = []

@@ -39,6 +39,15 @@ def unpacked(values: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return made
 
 
+def summed(of_tasks: Sequence[Tensor]) -> list[Tensor]:
+    """Each summed over its first dimension, the tasks."""
+    first = of_tasks[0]
+    if not triton_block.on_gpu(first) or any(t.dtype != first.dtype for t in of_tasks):
+        return [t.sum(0) for t in of_tasks]
+    like = {str(i): t[0] for i, t in enumerate(of_tasks)}
+    return list(unpacked(torch.func.vmap(packed)(list(of_tasks)).sum(0), like).values())
+
+
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each with memory of its own, or of theirs together."""
     made = dict(tensors)

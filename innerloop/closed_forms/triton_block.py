@@ -82,7 +82,7 @@ class Point(NamedTuple):
 class TaskBlock(Operation):
     """``(x, w, b, gamma, beta, running mean, running variance) -> y``; x ``[n, c, h, w]``, w ``[C, c, 3, 3]``.
 
-    The convolution is padded by 1. Running statistics are constants and may be ``None`` or missing; where they have moved to is kept.
+    The convolution is padded by 1. Running statistics are constants and may be missing; where they moved to is kept.
 
     Attributes:
         eps: added to the variance.

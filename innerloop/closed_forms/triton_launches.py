@@ -60,8 +60,8 @@ def value(
         triton_kernels.normalise, grid, z, partials, gamma, beta, _any(old_mean, mean), _any(old_variance, r), y,
         mean, moved_mean, moved_variance, r, pooled, place,
         _rows_of(y), _rows_of(z), gamma_far, beta_far, mean_far, variance_far,
-        RUNNING=old_mean is not None, momentum=momentum, eps=eps, slope=slope, H=full[3], W=full[4], C=full[2], POOL=pool,
-        PARTS=partials.shape[1], **tiles,
+        RUNNING=old_mean is not None, momentum=momentum, eps=eps, slope=slope, H=full[3], W=full[4], C=full[2],
+        POOL=pool, PARTS=partials.shape[1], **tiles,
     )  # fmt: skip
     return [y, mean, moved_mean, moved_variance, r, z, pooled, place]
 

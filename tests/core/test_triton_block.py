@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from innerloop import MetaLearner, maml_plus_plus
+from innerloop import MetaLearner, Method, maml, maml_plus_plus
 from innerloop.closed_forms import Convolution, NormActPool, TaskBlock, triton_block
-from innerloop.nn import Conv4, ConvNormActPool
+from innerloop.closed_forms.cross_entropy import CrossEntropy, FusedCrossEntropy
+from innerloop.nn import MLP, Conv4, ConvNormActPool
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -209,3 +210,44 @@ def check_a_trace_sees_each_operator_as_one() -> None:
         "innerloop.block_second_order.default": 1,
     }
     same(graph(*given), gradients(*given))
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 5), (1, 3, 20)])
+def check_cross_entropy(shape: tuple[int, ...]) -> None:
+    """With a row that does not count; a class that there is not makes the loss NaN."""
+    tasks, rows, classes = shape
+    logits = 3 * torch.randn(*shape, dtype=torch.float64, device=DEVICE)
+    targets = torch.randint(0, classes, (tasks, rows), device=DEVICE)
+    targets[0, 0] = -100
+
+    def over(loss: Callable[..., Tensor]) -> Block:
+        return lambda given: torch.func.vmap(loss)(given, targets)
+
+    same(to_second_order(over(CrossEntropy()), [logits]), to_second_order(over(F.cross_entropy), [logits]))
+    assert CrossEntropy()(logits[0], targets[0] * 0 + classes).isnan()
+    with FusedCrossEntropy():
+        for options in ({"label_smoothing": 0.1}, {"reduction": "sum"}, {"weight": logits.new_ones(classes)}):
+            torch.testing.assert_close(
+                F.cross_entropy(logits[0], targets[0], **options),
+                torch.nn.CrossEntropyLoss(**options)(logits[0], targets[0]),
+            )
+
+
+@pytest.mark.parametrize(
+    "method", [maml(inner_rule="momentum"), maml(inner_rule="adam", lslr=True), maml(meta_sgd=True), maml(lslr=True)]
+)
+def check_updates_end_to_end(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rule and kind of rates, parameters laid end to end, against one after the other."""
+
+    def learner(parallel: str) -> MetaLearner:
+        torch.manual_seed(0)
+        return MetaLearner(MLP(hidden=(5, 4)).to(DEVICE), F.mse_loss, method, "mixed", parallel=parallel)
+
+    tasks = ((torch.randn(3, 4, 1, device=DEVICE), torch.randn(3, 4, 1, device=DEVICE)),) * 2
+    found, expected = learner("vmap"), learner("loop")
+    found.backward(tasks)
+    monkeypatch.setenv("INNERLOOP_KERNELS", "0")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    expected.backward(tasks)
+    for a, b in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)
