@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import grad, vjp
 from torch.utils import _pytree as pytree
 
-from innerloop import learning_rates, per_step
+from innerloop import learning_rates, per_step, together
 from innerloop.closed_forms import ClosedForms
 from innerloop.network import Network
 from innerloop.per_step import Statistics
@@ -184,6 +184,8 @@ class InnerLoop:
 
     def update(self, theta: Tensors, state: State, g: Tensors, rates: Tensors, k: int) -> tuple[Tensors, State]:
         """theta^{k+1} and the update rule's new state."""
+        if together.pays({**theta, **rates}):
+            return self._packed_update(theta, state, g, rates, k)
         stepped = {
             name: self.rule.stepped(
                 theta[name], state[name], g[name], learning_rates.at_step(rates, name, k, self.lslr), k
@@ -191,6 +193,22 @@ class InnerLoop:
             for name in theta
         }
         return {n: t for n, (t, _) in stepped.items()}, {n: s for n, (_, s) in stepped.items()}
+
+    def _packed_update(self, theta: Tensors, state: State, g: Tensors, rates: Tensors, k: int) -> tuple[Tensors, State]:
+        """``update`` of all parameters end to end."""
+        # Of LSLR's rates those of step k are taken at once, so that the derivative puts them back at once.
+        if self.lslr:
+            stacked = torch.stack([rates[n] for n in theta], dim=1)
+            alphas = stacked[min(k, len(stacked) - 1)].unbind()
+        else:
+            alphas = tuple(rates[n] for n in theta)
+        alpha = together.packed([a.expand(t.shape) for a, t in zip(alphas, theta.values(), strict=True)])
+        slots = tuple(together.packed([state[n][i] for n in theta]) for i in range(self.rule.slots))
+        moved, slots = self.rule.step(
+            together.packed(list(theta.values())), slots, together.packed([g[n] for n in theta]), alpha, k
+        )
+        states = [together.unpacked(s, theta) for s in slots]
+        return together.unpacked(moved, theta), {n: tuple(s[n] for s in states) for n in theta}
 
     def update_adjoint(
         self, theta: Tensors, state: State, g: Tensors, rates: Tensors, k: int, adjoints: tuple[Tensors, State]

@@ -243,7 +243,7 @@ class MetaLearner:
         """Move all tensors to shared memory, in place, so that other processes see every update."""
         for tensors in (*self.meta, *self.statistics):
             for tensor in tensors.values():
-                tensor.share_memory_()  # type: ignore[no-untyped-call]
+                tensor.share_memory_()
 
     def state_dict(self) -> Tensors:
         """Every tensor that is learned or kept, by name: what ``load_state_dict`` takes, and safetensors saves."""

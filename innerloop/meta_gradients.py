@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from innerloop import together
 from innerloop.closed_forms import ClosedForms
 from innerloop.inner_loop import InnerLoop, MetaParameters, SecondOrder, State, detached
 from innerloop.model_state import Randomness
@@ -230,6 +231,7 @@ def _adjoint_walk(
     state = loop.rule.initial_state(theta)
     rates = detached(meta.rates)
     device = _device(theta)
+    statistics = statistics.apart()
     total = _zero(theta)
     record = _Record()
 
@@ -250,7 +252,7 @@ def _adjoint_walk(
             record.outputs = made.outputs
             total = total + weight * made.query_loss
 
-    adjoint: Tensors = {n: torch.zeros_like(t) for n, t in theta.items()}
+    adjoint = together.each(torch.zeros_like, theta)
     adjoint_state: State = {n: tuple(torch.zeros_like(s) for s in slots) for n, slots in state.items()}
     rate_gradient: Tensors = {}
     psi_gradients: list[Tensors] = []
@@ -270,7 +272,7 @@ def _adjoint_walk(
         psi_gradients.append(added(step.query_psi, psi_gradient))
     psi_gradients.reverse()
     shared, stacks = by_psi(meta, psi_gradients)
-    return record.result(total, MetaParameters(adjoint, shared, stacks, rate_gradient), statistics)
+    return record.result(total, MetaParameters(adjoint, shared, stacks, rate_gradient), statistics.stacked())
 
 
 def by_psi(meta: MetaParameters, by_step: Sequence[Tensors]) -> tuple[Tensors, Tensors]:
@@ -297,7 +299,8 @@ def _device(tensors: Tensors) -> torch.device:
 
 def added(a: Tensors, b: Tensors) -> Tensors:
     """Sums by name; a name that only one has keeps its value."""
-    return {**b, **{n: t + b[n] if n in b else t for n, t in a.items()}}
+    both = together.each(torch.add, {n: t for n, t in a.items() if n in b}, b)
+    return {**b, **a, **both}
 
 
 def _counts(weight: Tensor | float) -> bool:
@@ -305,7 +308,7 @@ def _counts(weight: Tensor | float) -> bool:
 
 
 def _scaled(tensors: Tensors, weight: Tensor | float) -> Tensors:
-    return {n: weight * t for n, t in tensors.items()}
+    return together.each(lambda t: weight * t, tensors)
 
 
 class _Record:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from innerloop import together
+from innerloop.closed_forms.cross_entropy import FusedCrossEntropy
 from innerloop.model_state import ModelState, Randomness
 from innerloop.norm_layers import Modes
 from innerloop.precision import Bfloat16Convolutions, MixedBatchNorm, Precision
@@ -95,12 +97,13 @@ class Network:
         Raises:
             TypeError: the loss function returned something other than a real scalar tensor.
         """
-        buffers = {name: b.clone() for name, b in buffers.items()}
+        buffers = together.copies(buffers)
         # A transform refuses changes in place by itself, and would have the copies as its own tensors.
         targets = examples.targets if torch._C._are_functorch_transforms_active() else own_copies(examples.targets)
         with self.state.exchanged(parameters, buffers):
             outputs = self._called(examples.inputs)
-            loss = self.loss_function(outputs, targets)
+            with FusedCrossEntropy():
+                loss = self.loss_function(outputs, targets)
         if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
             found = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(

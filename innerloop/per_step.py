@@ -8,7 +8,7 @@ section 4).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,17 @@ def stack(tensors: Mapping[str, Tensor], inner_steps: int) -> dict[str, Tensor]:
     return {name: t.new_empty((inner_steps, *t.shape)).copy_(t.detach()) for name, t in tensors.items()}
 
 
-def at_step(stacks: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+def at_step(stacks: Mapping[str, Any], k: int) -> dict[str, Tensor]:
     """Entry k of every stack. Steps beyond those that were trained use the last entry."""
     return {name: s[min(k, len(s) - 1)] for name, s in stacks.items()}
+
+
+def _with_entry(stack: Any, k: int, entry: Tensor) -> Any:
+    """The stack with another entry k, or last."""
+    k = min(k, len(stack) - 1)
+    if isinstance(stack, tuple):
+        return (*stack[:k], entry, *stack[k + 1 :])
+    return torch.select_scatter(stack, entry, 0, k)
 
 
 class Statistics(NamedTuple):
@@ -30,11 +38,11 @@ class Statistics(NamedTuple):
 
     Attributes:
         shared: buffers with one value for all inner steps (every buffer, without BNRS).
-        per_step: stacks ``[K, ...]`` of the normalisation layers' buffers (BNRS).
+        per_step: stacks ``[K, ...]`` of the normalisation layers' buffers (BNRS); tuples of K while they are ``apart``.
     """
 
     shared: dict[str, Tensor]
-    per_step: dict[str, Tensor]
+    per_step: dict[str, Any]
 
     def at_step(self, k: int) -> dict[str, Tensor]:
         """The buffers to call the model with at inner step k."""
@@ -44,11 +52,16 @@ class Statistics(NamedTuple):
         """These statistics with the buffers that a call at inner step k left behind."""
         return Statistics(
             {name: buffers[name] for name in self.shared},
-            {
-                name: torch.select_scatter(stacked, buffers[name], 0, min(k, len(stacked) - 1))
-                for name, stacked in self.per_step.items()
-            },
+            {name: _with_entry(stacked, k, buffers[name]) for name, stacked in self.per_step.items()},
         )
+
+    def apart(self) -> Statistics:
+        """The same, each stack a tuple of its entries: a new entry moves none of the others."""
+        return self._replace(per_step={name: t.unbind() for name, t in self.per_step.items()})
+
+    def stacked(self) -> Statistics:
+        """The inverse of ``apart``."""
+        return self._replace(per_step={name: torch.stack(tuple(t)) for name, t in self.per_step.items()})
 
     def expanded(self, tasks: int) -> Statistics:
         """A copy for each task of a meta-batch, along a new first dimension."""

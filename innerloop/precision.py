@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -13,11 +14,29 @@ from torch.overrides import TorchFunctionMode
 Precision = Literal["float32", "bf16"]
 
 
+_ROUNDS: ContextVar[bool] = ContextVar("convolutions round to bfloat16", default=False)
+
+
+def rounds_convolutions() -> bool:
+    """Whether ``Bfloat16Convolutions`` is in force."""
+    return _ROUNDS.get()
+
+
 class Bfloat16Convolutions(TorchFunctionMode):
     """Within it, convolutions round their inputs to bfloat16 and give their result in the inputs' own precision.
 
     So do their derivatives. Weights, updates, normalisation and losses stay as they are.
     """
+
+    def __enter__(self) -> Any:
+        """Let ``rounds_convolutions`` know."""
+        self._token = _ROUNDS.set(True)
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        """The end of it."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        _ROUNDS.reset(self._token)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

@@ -14,6 +14,7 @@ from innerloop.closed_forms.conv_norm_act_pool import MOST_CHANNELS, ConvNormAct
 from innerloop.closed_forms.convolution import Convolution
 from innerloop.closed_forms.norm_act_pool import NormActPool, normalised
 from innerloop.closed_forms.operation import Operation
+from innerloop.closed_forms.triton_block import TaskBlock
 
 __all__ = [
     "MOST_CHANNELS",
@@ -22,6 +23,7 @@ __all__ = [
     "Convolution",
     "NormActPool",
     "Operation",
+    "TaskBlock",
     "autocast",
     "normalised",
 ]

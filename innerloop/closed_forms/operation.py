@@ -35,9 +35,11 @@ class Operation(ABC):
 
     Attributes:
         channels: the dimension of each input that holds its (output) channels; of the output it is 1.
+        curved: for each input whether its curvature may be other than zero; ``None``: all.
     """
 
     channels: ClassVar[tuple[int, ...]]
+    curved: ClassVar[tuple[bool, ...] | None] = None
 
     @property
     def reads_output(self) -> bool:
@@ -61,6 +63,10 @@ class Operation(ABC):
     def repeated(self, times: int) -> Operation | None:
         """The operation that treats so many times the channels as it does those of one task, if there is one."""
         return self
+
+    def over_tasks(self) -> Operation | None:
+        """The operation on tensors with a first dimension of tasks, if there is one: then ``vmap`` takes it."""
+        return None
 
     def __call__(self, *inputs: Any) -> Tensor:
         """The output, differentiable once in any mode, and its gradient once more in any mode."""
@@ -132,7 +138,9 @@ class _Gradient(_Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         direction = _spread(cotangents, ctx.wanted)
         needed = ctx.needs_input_grad[2 : 3 + len(direction)]
-        found = _SecondOrder.apply(ctx.op, needed, *direction, *ctx.saved_tensors)
+        if ctx.op.curved is not None:
+            needed = tuple(n and c for n, c in zip(needed, (True, *ctx.op.curved), strict=True))
+        found = _SecondOrder.apply(ctx.op, needed, *direction, *ctx.saved_tensors) if any(needed) else ()
         rest = len(ctx.saved_tensors) - len(needed)
         return (None, None, *_spread(found, needed), *[None] * rest)
 
@@ -205,6 +213,13 @@ def _folded(size: int, tensor: Tensor | None, dim: int | None, channels: int) ->
     return tensor.flatten(channels, channels + 1)
 
 
+def _stacked(size: int, tensor: Tensor | None, dim: int | None) -> Tensor | None:
+    """Tasks first; what they share stays one in memory."""
+    if tensor is None:
+        return None
+    return tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
 def _by_channels(
     function: type[_Function],
     size: int,
@@ -216,6 +231,11 @@ def _by_channels(
     out_channels: Sequence[int],
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """``vmap``: the tasks become channels, which is also how ``vmap`` lays out a convolution's result."""
+    of_tasks = op.over_tasks()
+    if of_tasks is not None:
+        stacked = [_stacked(size, t, d) for t, d in zip(tensors, in_dims, strict=True)]
+        results = function.apply(of_tasks, *rest, *stacked)
+        return results, (0,) * len(results)
     wide = op.repeated(size)
     if wide is None:
         each = [

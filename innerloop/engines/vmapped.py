@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
+from innerloop import together
 from innerloop.adapted import Asked, TaskOutputs, task_outputs
 from innerloop.engines.engine import Plan, Subject
 from innerloop.engines.loop import Loop
@@ -51,7 +52,8 @@ class Vmapped:
             result = _all_at_once(one, subject, tasks)
         except Exception as error:
             return self._otherwise(one_by_one, subject, error)
-        return result._replace(gradient=pytree.tree_map(lambda t: t.sum(0), result.gradient))
+        gradients, nest = pytree.tree_flatten(result.gradient)
+        return result._replace(gradient=pytree.tree_unflatten(together.summed(gradients), nest))
 
     def outputs(self, subject: Subject, tasks: Task, asked: Asked) -> TaskOutputs:
         """``Engine.outputs``."""

@@ -61,9 +61,9 @@ class NormActPool(nn.BatchNorm2d):
     def normalised(self, op: closed_forms.Operation, *inputs: Tensor, values: int) -> Tensor:
         """The output of the operation that this layer is (the end of); moves the running statistics."""
         inputs = (*inputs, self.weight, self.bias)
-        return closed_forms.normalised(op, inputs, values, *self._running_statistics())
+        return closed_forms.normalised(op, inputs, values, *self.running_statistics())
 
-    def _running_statistics(self) -> tuple[Tensor | None, Tensor | None, float]:
+    def running_statistics(self) -> tuple[Tensor | None, Tensor | None, float]:
         """Those that are to be moved, and how far."""
         if not (self.training and self.track_running_stats):
             return None, None, 0.0
