@@ -154,7 +154,7 @@ def _serve(connection: Connection, case: Case, name: str, device: torch.device, 
 
 
 def timed(step: Step, device: torch.device) -> tuple[float, float]:
-    """Seconds of a step, on a GPU between two of its events, and the loss."""
+    """Seconds of a step, or of the mean of some short ones, on a GPU between two of its events, and the loss."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(device)
@@ -163,9 +163,14 @@ def timed(step: Step, device: torch.device) -> tuple[float, float]:
         end.record()
         torch.cuda.synchronize(device)
         return start.elapsed_time(end) / 1e3, loss
-    started = time.perf_counter()
-    loss = step.take()
-    return time.perf_counter() - started, loss
+    started, taken = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - started) < SHORT or not taken:
+        loss, taken = step.take(), taken + 1
+    return elapsed / taken, loss
+
+
+SHORT = 0.05
+"""Seconds that a round takes at least, by several steps: what the others left in the caches is not what is measured."""
 
 
 def operations(step: Step, device: torch.device) -> int:

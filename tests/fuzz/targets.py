@@ -525,6 +525,9 @@ def _no_long_work() -> Iterator[None]:
             stack.enter_context(mock.patch(name, _stop))
         stack.enter_context(mock.patch("innerloop.training.trainer.build_tasks", return_value=None))
         stack.enter_context(
+            mock.patch("innerloop.training.trainer._compiled_or_not", lambda config, learner, *_: (config, learner))
+        )
+        stack.enter_context(
             mock.patch.dict(os.environ, {"INNERLOOP_CACHE": "cache", "INNERLOOP_DATA": "data", "COLUMNS": "80"})
         )
         yield

@@ -16,7 +16,7 @@ import torch
 import innerloop
 from innerloop.bench import measuring
 from innerloop.bench.cases import CASES, Case
-from innerloop.bench.contenders import CONTENDERS, Contender
+from innerloop.bench.contenders import CONTENDERS, Contender, Step
 from innerloop.cli.main import main
 from innerloop.training.run_folder import RunFolder
 
@@ -108,13 +108,13 @@ def test_a_bench_goes_on_without_who_cannot_do_a_case(
 
 
 @contextmanager
-def in_this_process(case: Case, name: str) -> Iterator[Callable[[str], Any]]:
+def in_this_process(case: Case, name: str, device: torch.device) -> Iterator[Callable[[str], Any]]:
     """A contender without a process."""
-    step = CONTENDERS[name].build(case)
+    step = CONTENDERS[name].build(case, device)
 
     def ask(what: str) -> Any:
         try:
-            return (1, 2) if what == "memory" else (0.1, step())
+            return (0.1, step.take()) if what == "step" else measuring._rest(step, device, None)
         except StopIteration:
             raise measuring.ContenderError(f"{name} failed: it has no second step") from None
 
@@ -126,13 +126,13 @@ def test_a_bench_goes_on_without_who_fails_on_the_way(
 ) -> None:
     """One that takes a step and then fails."""
 
-    def building(case: Case) -> Any:
+    def building(case: Case, device: torch.device) -> Step:
         steps = iter([1.0])
-        return lambda: next(steps)
+        return Step(lambda: next(steps))
 
     monkeypatch.setattr(measuring, "_running", in_this_process)
     monkeypatch.setitem(CONTENDERS, "plain loop", Contender(building))
-    monkeypatch.setitem(CONTENDERS, "innerloop", Contender(lambda case: lambda: 2.0))
+    monkeypatch.setitem(CONTENDERS, "innerloop", Contender(lambda case, device: Step(lambda: 2.0)))
     arguments = ["bench", "omniglot-maml", "--contenders", "innerloop", "plain loop", "--rounds", "2", "--warm-up", "0"]
     assert main([*arguments, "--json"]) == 1
     case = json.loads(capsys.readouterr().out)["cases"]["omniglot-maml"]
