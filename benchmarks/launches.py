@@ -12,38 +12,18 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from innerloop import MetaLearner, maml_plus_plus
+from innerloop.bench.launches import Launches
 from innerloop.closed_forms import triton_block
 from innerloop.nn import Conv4
-
-_NOTHING = ("empty", "new_empty", "empty_like", "detach", "alias", "_unsafe_view", "lift_fresh", "view", "sym_size")
-
-
-class Launches(TorchDispatchMode):
-    """Within it, operations are counted by their names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Count one."""
-        name = func.overloadpacket.__name__
-        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if func.namespace == "aten" and not views and not name.startswith(_NOTHING):
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from innerloop.bench.contenders import FLOORS
+
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
@@ -32,7 +34,6 @@ TITLES = {
 FILES = ("mamlpp.json", "maml.json", "sinusoid.json")
 """Records of the steps on a CPU; those that are there are quoted."""
 GPU = "cuda.json"
-FLOORS = {"convolutions alone": "convolutions", "matrix products alone": "matrix products"}
 
 
 def quoted() -> str:

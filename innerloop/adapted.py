@@ -58,8 +58,7 @@ def tensors_at(
 
 def kept_buffers(network: Network, statistics: Statistics) -> Tensors:
     """The buffers that an inner loop hands on to whoever calls the model next: all but the norm layers'."""
-    of_norm = norm_layers.norm_buffer_names(network.model)
-    return {n: b for n, b in statistics.shared.items() if n not in of_norm}
+    return {n: b for n, b in statistics.shared.items() if n not in network.norm_buffers}
 
 
 def keep_statistics(network: Network, parameters: Tensors, buffers: Tensors, support: Any) -> None:

@@ -22,7 +22,7 @@ from innerloop.engines import Auto, Compiled, Engine, Estimate, Loop, Plan, Subj
 from innerloop.engines.compiled import TIMEOUT
 from innerloop.explanations import UnsuitableModelError, check_loss, check_model, explained
 from innerloop.inner_loop import InnerLoop, MetaParameters
-from innerloop.meta_gradients import META_GRADIENTS, GradientMode, TaskGradient
+from innerloop.meta_gradients import META_GRADIENTS, NO_GRADIENT, GradientMode, TaskGradient
 from innerloop.methods import Method, maml, whole_number
 from innerloop.model_state import copied, functions_kept, locked
 from innerloop.network import Loss, Network
@@ -423,7 +423,7 @@ class MetaLearner:
         Raises:
             NonFiniteLossError: a loss was NaN or infinite; nothing was added.
         """
-        result = concatenated([_without_gradient(part) for part in parts]) if len(parts) > 1 else parts[0]
+        result = concatenated([part._replace(gradient=NO_GRADIENT) for part in parts]) if len(parts) > 1 else parts[0]
         outcome = MetaBatchResult(result.loss.mean(), result.support_losses, result.query_losses, result.query_outputs)
         _check_finite(outcome, self.method.loss_weights(epoch or 0))
         size = len(result.loss)
@@ -659,10 +659,6 @@ def check_normalisation(normalisation: str) -> None:
     if normalisation not in get_args(Normalisation):
         known = ", ".join(get_args(Normalisation))
         raise ValueError(f"normalisation must be one of {known}; got {normalisation!r:.80}")
-
-
-def _without_gradient(result: TaskGradient) -> TaskGradient:
-    return result._replace(gradient=MetaParameters({}, {}, {}, {}))
 
 
 def _check_finite(outcome: MetaBatchResult, weights: list[float]) -> None:

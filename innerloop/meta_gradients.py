@@ -40,6 +40,9 @@ LossWeights = Sequence[Tensor | float]
 """w_1 .. w_K of the query losses. A loss whose weight is the number 0 is not computed."""
 
 
+NO_GRADIENT = MetaParameters({}, {}, {}, {})
+
+
 class TaskGradient(NamedTuple):
     """One task's share of a meta-gradient.
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from innerloop import together
 from innerloop.closed_forms.cross_entropy import FusedCrossEntropy
 from innerloop.model_state import ModelState, Randomness
-from innerloop.norm_layers import Modes
+from innerloop.norm_layers import Modes, norm_buffer_names
 from innerloop.precision import Bfloat16Convolutions, MixedBatchNorm, Precision
 from innerloop.tasks import SHARED, Examples
 
@@ -56,6 +56,11 @@ class Network:
     def recurrent(self) -> bool:
         """Whether there are recurrent layers, whose gradients cuDNN cannot differentiate; PyTorch's own kernels can."""
         return any(isinstance(module, nn.RNNBase) for module in self.model.modules())
+
+    @cached_property
+    def norm_buffers(self) -> set[str]:
+        """Names of the norm layers' running statistics."""
+        return norm_buffer_names(self.model)
 
     @contextmanager
     def differentiated(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:

@@ -13,9 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from innerloop.bench.cases import Case, native
-from innerloop.inner_loop import MetaParameters
 from innerloop.learner import MetaBatchResult
-from innerloop.meta_gradients import TaskGradient
+from innerloop.meta_gradients import NO_GRADIENT, TaskGradient
 from innerloop.per_step import Statistics
 from innerloop.tasks import Task, meta_batch_size, select_task
 
@@ -111,9 +110,7 @@ class Floor:
             for _ in self.weights:
                 _second_order(support)
         none = torch.zeros(meta_batch_size(tasks))
-        nothing: dict[str, Tensor] = {}
-        empty = MetaParameters(nothing, nothing, nothing, nothing)
-        return TaskGradient(none, empty, none, none, none, Statistics(nothing, nothing))
+        return TaskGradient(none, NO_GRADIENT, none, none, none, Statistics({}, {}))
 
     def accumulate(self, parts: Sequence[TaskGradient], epoch: float | None = None) -> MetaBatchResult:
         """No result."""

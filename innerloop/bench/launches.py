@@ -76,7 +76,8 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within it, operations that launch kernels are counted: not views, not memory without values.
 
-    One that launches several (a convolution's backward, batch norm's) counts as one.
+    One that launches several (a convolution's backward, batch norm's) counts as one. Operators of our own launch
+    nothing but the kernels that they start.
 
     Attributes:
         counts: how often each operation was met.
@@ -109,7 +110,12 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _launches_nothing(func: Any) -> bool:
     name = func.overloadpacket.__name__
     views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-    return views or func.namespace == "prim" or name.startswith(("empty", "new_empty", "sym_")) or name in _HOST_ONLY
+    return (
+        views
+        or func.namespace in ("prim", "innerloop")
+        or name.startswith(("empty", "new_empty", "sym_"))
+        or name in _HOST_ONLY
+    )
 
 
 _HOST_ONLY = {"_unsafe_view", "is_same_size", "lift", "is_pinned"}

@@ -160,16 +160,7 @@ def _(logits: Tensor, classes: Tensor, dy: Tensor, along: Tensor, ignored: int) 
     return logits.new_empty(len(logits)), torch.empty_like(logits)
 
 
-def _start(
-    logits: Tensor,
-    classes: Tensor,
-    dy: Tensor | None,
-    along: Tensor | None,
-    loss: Tensor | None,
-    made: Tensor | None,
-    ignored: int,
-    order: int,
-) -> None:
+def _start(*given: Any) -> None:
     from innerloop.closed_forms import triton_launches
 
-    triton_launches.cross_entropy(logits, classes, dy, along, loss, made, ignored, order)
+    triton_launches.cross_entropy(*given)

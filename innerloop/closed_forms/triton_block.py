@@ -174,40 +174,15 @@ class TaskBlock(Operation):
     schema="(Tensor x, Tensor w, Tensor b, Tensor gamma, Tensor beta, Tensor? running_mean,"
     " Tensor? running_variance, float eps, float slope, int pool, str dot, float momentum) -> Tensor[]",
 )
-def _value(
-    x: Tensor,
-    w: Tensor,
-    b: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    running_mean: Tensor | None,
-    running_variance: Tensor | None,
-    eps: float,
-    slope: float,
-    pool: int,
-    dot: str,
-    momentum: float,
-) -> list[Tensor]:
+def _value(*given: Any) -> list[Tensor]:
     from innerloop.closed_forms import triton_launches
 
-    return triton_launches.value(x, w, b, gamma, beta, running_mean, running_variance, eps, slope, pool, dot, momentum)
+    return triton_launches.value(*given)
 
 
 @_value.register_fake
-def _(
-    x: Tensor,
-    w: Tensor,
-    b: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    running_mean: Tensor | None,
-    running_variance: Tensor | None,
-    eps: float,
-    slope: float,
-    pool: int,
-    dot: str,
-    momentum: float,
-) -> list[Tensor]:
+def _(x: Tensor, w: Tensor, *rest: Any) -> list[Tensor]:
+    *_, pool, _, _ = rest
     full, small = shapes(x, w, pool)
     of_channels = [x.new_empty(full[0], full[2]) for _ in range(4)]
     kept = small if pool > 1 else (0,) * 5

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from innerloop.adapted import Asked, TaskOutputs
 from innerloop.engines.engine import Engine, Plan, Subject
 from innerloop.engines.pieces import Given, Group, Nest
-from innerloop.engines.programs import GradientProgram, OutputsProgram, layout_of, settled
+from innerloop.engines.programs import GradientProgram, Halves, Made, OutputsProgram, layout_of, settled
 from innerloop.engines.tracing import Backend, NotCompiledError, distinct, halved, lowered, traced
 from innerloop.meta_gradients import TaskGradient
 from innerloop.tasks import Task, meta_batch_size
@@ -94,7 +94,7 @@ class Compiled:
             return OutputsProgram(self, subject.loop, layout_of(*subject, support, query), vmapped)
 
         def run(program: OutputsProgram, support: Group, query: Group) -> TaskOutputs:
-            return program.run(subject.meta, subject.statistics, support, query, asked, None)
+            return program.run(subject.meta, subject.statistics, support, query, asked)
 
         def by_program() -> TaskOutputs:
             size = meta_batch_size(tasks)
@@ -149,7 +149,7 @@ class Compiled:
             return result
         raise AssertionError
 
-    def made(self, function: Callable[[Given], Any], given: Given) -> Callable[[Given], Any]:
+    def made(self, function: Made, given: Given) -> Made:
         """A function of the inner step, compiled for arguments like these."""
         of = self._traced(function, given)
         call = self._compiled(of.graph, of.arguments)
@@ -160,9 +160,7 @@ class Compiled:
 
         return run
 
-    def halves(
-        self, function: Callable[[Given], Any], given: Given, late: Collection[str], there: int
-    ) -> tuple[Callable[[Given], Any], Callable[[Any, Given], Any]] | None:
+    def halves(self, function: Made, given: Given, late: Collection[str], there: int) -> Halves | None:
         """A function in two parts, compiled: what it gives before the ``late`` arguments are known, and after.
 
         The first part's result has empty groups in the place of what the second gives, and is what the second needs.
@@ -186,8 +184,7 @@ class Compiled:
             arguments = _flat(given)
             with torch.no_grad():
                 found = list(first(*[arguments[i] for i in early]))
-            there_groups = of.grouped(found[:early_results], fields=there)
-            return there_groups, found[early_results:]
+            return of.grouped(found[:early_results], fields=there), found[early_results:]
 
         def back(kept: Any, given: Given) -> Any:
             arguments = _flat(given)
@@ -197,7 +194,7 @@ class Compiled:
 
         return ahead, back
 
-    def _traced(self, function: Callable[[Given], Any], given: Given) -> _Traced:
+    def _traced(self, function: Made, given: Given) -> _Traced:
         sizes: list[int] = []
         kinds: list[type] = []
 

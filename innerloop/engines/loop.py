@@ -8,10 +8,8 @@ from torch.utils import _pytree as pytree
 from innerloop.adapted import Asked, TaskOutputs, task_outputs
 from innerloop.engines.engine import Plan, Subject
 from innerloop.inner_loop import MetaParameters
-from innerloop.meta_gradients import META_GRADIENTS, TaskGradient
+from innerloop.meta_gradients import META_GRADIENTS, NO_GRADIENT, TaskGradient
 from innerloop.tasks import Task, meta_batch_size, select_task, stacked
-
-_NOTHING = MetaParameters({}, {}, {}, {})
 
 
 class Loop:
@@ -24,7 +22,7 @@ class Loop:
         for i in range(meta_batch_size(tasks)):
             result = META_GRADIENTS[plan.mode](*subject, select_task(tasks, i), plan.weights)
             total = result.gradient if total is None else pytree.tree_map(torch.add, total, result.gradient)
-            rest.append(result._replace(gradient=_NOTHING))
+            rest.append(result._replace(gradient=NO_GRADIENT))
         assert total is not None
         return stacked(rest)._replace(gradient=total)
 

@@ -11,17 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from innerloop import norm_layers
 from innerloop.adapted import Asked, TaskOutputs
 from innerloop.engines.pieces import THERE, Answer, Given, Group, Layout, Nest, Pieces, over_tasks
 from innerloop.inner_loop import InnerLoop, MetaParameters
-from innerloop.meta_gradients import LossWeights, TaskGradient, by_psi
+from innerloop.meta_gradients import NO_GRADIENT, LossWeights, TaskGradient, by_psi
 from innerloop.norm_layers import Normalisation
 from innerloop.per_step import Statistics
 from innerloop.tasks import stacked
 from innerloop.update_rules import Tensors
 
-_EMPTY = MetaParameters({}, {}, {}, {})
 _NONE = Given(*[[]] * len(Given._fields))
 
 Made = Callable[[Given], Any]
@@ -114,7 +112,7 @@ class GradientProgram(Functions):
         total = parts[0].gradient
         for part in parts[1:]:
             total = pytree.tree_map(torch.add, total, part.gradient)
-        rest = [part._replace(gradient=_EMPTY) for part in parts]
+        rest = [part._replace(gradient=NO_GRADIENT) for part in parts]
         return self._finished(stacked(rest)._replace(gradient=total), statistics)
 
     def _finished(self, walked: _Walked, statistics: Statistics) -> TaskGradient:
@@ -169,9 +167,7 @@ class GradientProgram(Functions):
                 made = self._piece("ahead", counts, given)
                 seen.append((given._replace(query=[], query_theta=made.query_theta, g=made.g), self._back_over(made)))
             theta, state = made.theta, made.state
-            shared = made.buffers[: len(shared)]
-            for stack, buffer in zip(stacks, made.buffers[len(shared) :], strict=True):
-                stack[k] = buffer
+            shared = _left(made.buffers, shared, stacks, k)
             losses.append(made.losses)
         k = steps - 1
         rates, psi = by_step[k]
@@ -180,9 +176,7 @@ class GradientProgram(Functions):
             buffers=[*shared, *(stack[k] for stack in stacks)], support=support, query=query,
         )  # fmt: skip
         turn = self._piece("turn", True, given, one_theta)
-        shared = turn.buffers[: len(shared)]
-        for stack, buffer in zip(stacks, turn.buffers[len(shared) :], strict=True):
-            stack[k] = buffer
+        shared = _left(turn.buffers, shared, stacks, k)
         losses.append(turn.losses)
         outputs = turn.outputs
         adjoint, adjoint_state = turn.adjoint, turn.adjoint_state
@@ -231,8 +225,12 @@ class GradientProgram(Functions):
         """A step whose costly results are kept for the way back; None in first order, which has no use for them."""
         if not self.second_order:
             return None
-        pieces = Pieces(self.loop, self.layout, True, counts)
-        return self.halves(("there and back", counts), lambda: pieces.there_and_back, given, THERE)
+        return self.halves(
+            ("there and back", counts),
+            lambda: Pieces(self.loop, self.layout, True, counts).there_and_back,
+            given,
+            THERE,
+        )
 
     def _back_over(self, made: Any) -> Callable[[Given], Any]:
         """The way back over a step, which is computed once more."""
@@ -274,16 +272,16 @@ class OutputsProgram(Functions):
     """Outputs on the query sets of test tasks."""
 
     def run(
-        self, meta: MetaParameters, statistics: Statistics, support: Group, query: Group, asked: Asked, targets: Any
+        self, meta: MetaParameters, statistics: Statistics, support: Group, query: Group, asked: Asked
     ) -> TaskOutputs:
-        """Of a meta-batch of tasks."""
+        """Of a meta-batch of tasks, whose targets are None: no graph needs them."""
         if self.vmapped:
-            return self._walk(meta, statistics, support, query, asked)._replace(targets=targets)
+            return self._walk(meta, statistics, support, query, asked)
         parts = [
             self._walk(meta, statistics, [t[i] for t in support], [t[i] for t in query], asked)
             for i in range(len(support[0]))
         ]
-        return stacked(parts)._replace(targets=targets)
+        return stacked(parts)
 
     def _walk(
         self, meta: MetaParameters, statistics: Statistics, support: Group, query: Group, asked: Asked
@@ -297,7 +295,6 @@ class OutputsProgram(Functions):
         state = [torch.zeros_like(t) for t in theta for _ in range(layout.slots)]
         by_step = _rates_and_psi(meta, layout, max(asked.steps, 1), self.lslr)
         frozen = [settled(t) for t in _frozen(self.loop.network.model, layout.frozen)]
-        of_norm = norm_layers.norm_buffer_names(self.loop.network.model)
         own = [of_each(b) for b in statistics.shared.values()]
         shared = own
         asked_stacks = [[of_each(b) for b in stack.unbind(0)] for stack in statistics.per_step.values()]
@@ -307,14 +304,17 @@ class OutputsProgram(Functions):
             last = max(k - 1, 0)
             of_learner = dict(zip(statistics.shared, own, strict=True))
             left = dict(zip(statistics.shared, shared, strict=True))
-            buffers = [of_learner[n] if n in of_norm else left[n] for n in statistics.shared]
+            buffers = [(of_learner if n in self.loop.network.norm_buffers else left)[n] for n in statistics.shared]
             given = _NONE._replace(
                 theta=theta, psi=by_step[last][1], frozen=frozen,
                 buffers=[*buffers, *(_at(stack, last) for stack in asked_stacks)],
                 support=support if normalisation == "support" else [], query=query,
             )  # fmt: skip
-            piece = Pieces(self.loop, layout, False, False)
-            found: Answer = self.called(normalisation, lambda: partial(piece.answer, normalisation), given)
+
+            def piece() -> Made:
+                return partial(Pieces(self.loop, layout, False, False).answer, normalisation)
+
+            found: Answer = self.called(normalisation, piece, given)
             assert layout.outputs is not None
             return layout.outputs.filled(found.outputs)
 
@@ -327,13 +327,20 @@ class OutputsProgram(Functions):
                 buffers=[*shared, *(_at(stack, k) for stack in stacks)], support=support,
             )  # fmt: skip
             made = self.called("adapt", lambda: Pieces(self.loop, layout, True, False).adapt, given)
-            theta, state, shared = made.theta, made.state, made.buffers[: len(shared)]
-            for stack, buffer in zip(stacks, made.buffers[len(shared) :], strict=True):
-                stack[min(k, len(stack) - 1)] = buffer
+            theta, state = made.theta, made.state
+            shared = _left(made.buffers, shared, stacks, k)
             per_step.append(answered(k + 1, "batch"))
         along = int(self.vmapped)
         steps = pytree.tree_map(lambda *leaves: _along(leaves, along), *per_step)
         return TaskOutputs(steps, {n: answered(asked.steps, n) for n in asked.inductive}, None)
+
+
+def _left(buffers: Group, shared: Group, stacks: list[Group], k: int) -> Group:
+    """The shared ones of the buffers that step k left behind; the others are its entries of the stacks."""
+    count = len(shared)
+    for stack, buffer in zip(stacks, buffers[count:], strict=True):
+        stack[min(k, len(stack) - 1)] = buffer
+    return buffers[:count]
 
 
 def _along(leaves: Sequence[Any], dim: int) -> Any:

@@ -30,30 +30,21 @@ class NotCompiledError(RuntimeError):
     """A function that cannot be traced or compiled; the message says why."""
 
 
-def compiled(
-    function: Flat, arguments: Sequence[Tensor], backend: Backend, timeout: float, threads: int
+def lowered(
+    graph: GraphModule, arguments: Sequence[Tensor], backend: Backend, timeout: float, threads: int
 ) -> Callable[..., Sequence[Tensor]]:
-    """``function`` of tensors of these shapes, dtypes and strides, as one compiled graph.
+    """A graph as a function of tensors of these shapes, dtypes and strides, compiled.
 
     Args:
-        function: takes tensors and gives tensors; of nothing else may its result depend.
+        graph: of tensors; of nothing else may its result depend.
         arguments: tensors like those that it will be called with.
         backend: who runs the graph.
         timeout: seconds that compiling may take.
         threads: of each operation.
 
     Raises:
-        NotCompiledError: the function draws random numbers, chooses by a tensor's values or reads tensors that are no
-            arguments, an operation is unknown, there is no compiler, it fails, or it takes too long.
+        NotCompiledError: there is no compiler, it fails, or it takes too long.
     """
-    arguments = distinct(arguments)
-    return lowered(traced(function, arguments), arguments, backend, timeout, threads)
-
-
-def lowered(
-    graph: GraphModule, arguments: Sequence[Tensor], backend: Backend, timeout: float, threads: int
-) -> Callable[..., Sequence[Tensor]]:
-    """A graph as a function, compiled; see ``compiled``."""
     if backend == "eager":
         return cast(Callable[..., Sequence[Tensor]], graph)
     return cast(Callable[..., Sequence[Tensor]], _within(timeout, lambda: _by_inductor(graph, arguments, threads)))
@@ -73,7 +64,8 @@ def traced(function: Flat, arguments: Sequence[Tensor]) -> GraphModule:
     """The operations of ``function``, and of the derivatives that it takes, without those that nobody needs.
 
     Raises:
-        NotCompiledError: see ``compiled``.
+        NotCompiledError: the function draws random numbers, chooses by a tensor's values or reads tensors that are no
+            arguments, or an operation is unknown.
     """
     try:
         # Of tensors without values, so that nothing can be read from them unnoticed.
@@ -90,7 +82,7 @@ def traced(function: Flat, arguments: Sequence[Tensor]) -> GraphModule:
     return graph
 
 
-class Halves(NamedTuple):
+class GraphHalves(NamedTuple):
     """A graph in two parts, for arguments of which some are known only after its first results were used.
 
     Attributes:
@@ -104,7 +96,7 @@ class Halves(NamedTuple):
     again: list[int]
 
 
-def halved(graph: GraphModule, late_arguments: Collection[int], early_results: int) -> Halves | None:
+def halved(graph: GraphModule, late_arguments: Collection[int], early_results: int) -> GraphHalves | None:
     """The graph in two parts. Results of costly operations are kept for the second, and cheap ones computed again.
 
     Elementwise operations are fused into those that read them, so that to compute one again costs less than to write
@@ -140,7 +132,7 @@ def halved(graph: GraphModule, late_arguments: Collection[int], early_results: i
     early = [n for n in places if n not in late]
     first = _part(graph, early, [*results[:early_results], *kept])
     second = _part(graph, [*kept, *again, *(n for n in places if n in late)], results[early_results:])
-    return Halves(first, second, [places.index(n) for n in again])
+    return GraphHalves(first, second, [places.index(n) for n in again])
 
 
 def _costly(node: Node) -> bool:

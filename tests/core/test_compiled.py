@@ -14,7 +14,7 @@ from zoo import CASES, Case, placed
 
 from innerloop import MetaLearner, Method, anil, fomaml, maml, maml_plus_plus
 from innerloop.engines.compiled import Compiled
-from innerloop.engines.tracing import compiled
+from innerloop.engines.tracing import distinct, lowered, traced
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -106,5 +106,6 @@ def test_a_choice_that_there_is_not() -> None:
 def test_one_tensor_in_two_places_is_two_arguments(backend: str) -> None:
     """A trace knows its arguments by who they are: what is one tensor when it is made may be two later."""
     same, a, b = (placed(torch.randn(3)) for _ in range(3))
-    graph = compiled(lambda p, q: [2 * p - q], [same, same], backend, 60.0, 1)  # type: ignore[arg-type]
+    arguments = distinct([same, same])
+    graph = lowered(traced(lambda p, q: [2 * p - q], arguments), arguments, backend, 60.0, 1)  # type: ignore[arg-type]
     torch.testing.assert_close(next(iter(graph(a, b))), 2 * a - b)
